@@ -1,0 +1,86 @@
+"""Writing a TensorRT-LLM checkpoint: full tensors in, every rank's part in its place, as they become ready."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from arctic_trt.checkpoint.layout import FileLayout, plan_layout
+from arctic_trt.checkpoint.shard import shard_expert_fc, shard_expert_proj, shard_plain, shard_qkv
+from arctic_trt.checkpoint.tensors import TensorFileWriter
+from arctic_trt.checkpoint.trtllm import QuantFormat, plan_rank, rank_file
+from arctic_trt.model.config import ArcticConfig
+from arctic_trt.model.layer import AttentionWeights, MlpWeights
+from arctic_trt.model.mapping import Mapping, Rank
+from arctic_trt.model.names import Kind, Row, trt_layer
+
+
+def plan_files(config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> list[FileLayout]:
+    """The layout of every rank's file, in rank order."""
+    return [plan_layout(plan_rank(config, rank, quant), {"format": "pt"}) for rank in mapping.ranks()]
+
+
+class RankFiles:
+    """The rank files of one checkpoint, open for writing; a tensor goes to each rank that holds a part of it."""
+
+    def __init__(self, output_dir: Path, config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> None:
+        self.config = config
+        self.mapping = mapping
+        self._ranks = mapping.ranks()
+        layouts = plan_files(config, mapping, quant)
+        self._files = [
+            TensorFileWriter(output_dir / rank_file(r.index), layout) for r, layout in zip(self._ranks, layouts, strict=True)
+        ]
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.bytes_written for file in self._files)
+
+    def write_global(self, row: Row, tensor: Tensor, stage: int) -> None:
+        """Embedding, final norm or head, on the ranks of pipeline ``stage``."""
+        for rank in self._ranks:
+            if rank.pp_rank == stage:
+                self._files[rank.index].write(row.trt, shard_plain(tensor, row.cut, rank, self.config))
+
+    def write_plain(self, layer: int, row: Row, tensor: Tensor) -> None:
+        """A layer's tensor that comes from one Hugging Face tensor; the router is widened here."""
+        tensor = tensor.float() if row.kind is Kind.FLOAT32 else tensor
+        for rank, name in self._holders(layer, row.trt):
+            self._files[rank.index].write(name, shard_plain(tensor, row.cut, rank, self.config))
+
+    def write_qkv(self, layer: int, row: Row, weights: AttentionWeights) -> None:
+        """The fused q, k and v of a layer."""
+        for rank, name in self._holders(layer, row.trt):
+            self._files[rank.index].write(name, shard_qkv(weights.q, weights.k, weights.v, rank, self.config))
+
+    def write_expert(self, layer: int, expert: int, fc: Row, proj: Row, weights: MlpWeights) -> None:
+        """One expert's fused fc and its proj, on the ranks whose experts include it."""
+        for rank, fc_name in self._holders(layer, fc.trt):
+            mine = rank.experts(self.config.num_local_experts)
+            if expert in mine:
+                file = self._files[rank.index]
+                file.write(fc_name, shard_expert_fc(weights.w3, weights.w1, rank), expert - mine.start)
+                local = self._local_name(rank, layer, proj.trt)
+                file.write(local, shard_expert_proj(weights.w2, rank), expert - mine.start)
+
+    def write_scale(self, layer: int, suffix: str, scale: Tensor) -> None:
+        """A float32 scale [1], or [E, 1] of which each rank keeps its experts'."""
+        for rank, name in self._holders(layer, suffix):
+            mine = rank.experts(self.config.num_local_experts)
+            self._files[rank.index].write(name, scale.float() if len(scale) == 1 else scale[mine.start : mine.stop].float())
+
+    def finish(self) -> None:
+        for file in self._files:
+            file.finish()
+
+    def abandon(self) -> None:
+        for file in self._files:
+            file.abandon()
+
+    def _holders(self, layer: int, suffix: str) -> list[tuple[Rank, str]]:
+        stage = self.mapping.stage_of(layer, self.config.num_hidden_layers)
+        return [(rank, self._local_name(rank, layer, suffix)) for rank in self._ranks if rank.pp_rank == stage]
+
+    def _local_name(self, rank: Rank, layer: int, suffix: str) -> str:
+        return trt_layer(layer - rank.layers(self.config.num_hidden_layers).start, suffix)

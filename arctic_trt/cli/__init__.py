@@ -1,0 +1,1 @@
+"""The command line: one file a command; nothing else parses argv, prints, or configures logging."""

@@ -1,0 +1,61 @@
+"""Decorators and types that the commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from arctic_trt.output import Output
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Several(click.Option):
+    """An option that takes all the words up to the next flag, and may be repeated: ``--input_text "a" "b"``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "multiple": True})
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        for name in self.opts:
+            registered = parser._long_opt.get(name) or parser._short_opt.get(name)
+            take_one = registered.process
+
+            def process(value: Any, state: Any, take_one: Callable[..., None] = take_one) -> None:
+                take_one(value, state)
+                while state.rargs and not state.rargs[0].startswith("--"):
+                    take_one(state.rargs.pop(0), state)
+
+            registered.process = process
+
+
+def output_options(command: Command) -> Command:
+    """Add ``--json``, ``-q`` and ``-v``; the command receives an ``output`` keyword in their place."""
+
+    def wrapper(*args: Any, json_mode: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        output = Output(json_mode=json_mode, verbosity=int(verbose) - int(quiet))
+        output.configure_logging()
+        return command(*args, output=output, **kwargs)
+
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    wrapper.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    decorated: Any = wrapper
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Details, and tracebacks of failures."),
+        click.option("-q", "--quiet", is_flag=True, help="Only results and errors."),
+        click.option("--json", "json_mode", is_flag=True, help="Print exactly one JSON object on stdout."),
+    ):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def config_option(command: Command) -> Command:
+    """Add ``--config RECIPE.yaml``."""
+    return click.option("--config", type=FILE, help="YAML file whose keys are this command's flags; flags win over it.")(command)

@@ -1,0 +1,121 @@
+"""``arctic-trt quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arctic_trt.cli.options import DIRECTORY, config_option, output_options
+from arctic_trt.output import Output, duration, gigabytes
+
+if TYPE_CHECKING:
+    from arctic_trt.quantize.pipeline import Progress, QuantizePlan
+
+EPILOG = """\b
+Example, the official recipe's first step:
+  arctic-trt quantize --model_dir snowflake-arctic-instruct --dtype bfloat16 --qformat fp8 --kv_cache_dtype fp8
+                      --output_dir arctic-fp8-tp8 --batch_size 1 --calib_size 128 --tp_size 8
+
+Calibration data is a .jsonl file: {"text": ...}, {"messages": [...]} or {"input_ids": [...]} a line."""
+
+
+@click.command("quantize", epilog=EPILOG, short_help="Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.")
+@click.option("--model_dir", type=DIRECTORY, help="Hugging Face checkpoint of Arctic, bf16.  [required]")
+@click.option("--output_dir", type=DIRECTORY, help="TensorRT-LLM checkpoint to write.  [required]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "auto"]), help="Of what is not quantized.  [default: bfloat16]")
+@click.option("--qformat", type=click.Choice(["fp8", "full_prec"]), help="Of the linear layers.  [default: fp8]")
+@click.option("--kv_cache_dtype", type=click.Choice(["fp8", "none"]), help="[default: fp8, with full_prec none]")
+@click.option("--tp_size", type=int, help="Tensor-parallel ranks.  [default: 8]")
+@click.option("--pp_size", type=int, help="Pipeline stages.  [default: 1]")
+@click.option("--moe_tp_size", type=int, help="Ranks that share an expert's rows.  [default: tp_size / moe_ep_size]")
+@click.option("--moe_ep_size", type=int, help="Ranks that share the experts.  [default: 1]")
+@click.option("--calib_dataset", metavar="FILE.jsonl|NAME", help="Calibration samples.  [default: the set that comes along]")
+@click.option("--calib_size", type=int, help="Use the first N samples.  [default: 128]")
+@click.option("--calib_max_seq_length", type=int, help="Cut samples at N tokens.  [default: 512]")
+@click.option("--batch_size", type=int, help="Samples of equal length a forward pass.  [default: 1]")
+@click.option("--seed", type=int, help="Recorded in the report; nothing here is random.  [default: 1234]")
+@click.option("--overwrite", is_flag=True, default=None, help="Replace a checkpoint that is already in --output_dir.")
+@click.option("--dry_run", is_flag=True, help="Check everything, print what would be done, write nothing.")
+@config_option
+@output_options
+def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) -> None:
+    """Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint, layer by layer in one pass."""
+    from arctic_trt.recipes import QuantizeRecipe, resolve
+
+    recipe = resolve(QuantizeRecipe, flags, config)
+    from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
+
+    plan = plan_quantization(recipe)
+    _announce(plan, output)
+    if dry_run:
+        output.result({**_forecast(plan), "recipe": recipe.model_dump(mode="json")})
+        output.table("Would write", [(key, str(value)) for key, value in _forecast(plan).items()])
+        return
+    report = run_quantization(plan, lambda progress: output.note(layer_line(progress)))
+    _summarize(report, output)
+
+
+def _announce(plan: QuantizePlan, output: Output) -> None:
+    config, mapping, fold = plan.source.config, plan.mapping, plan.source.kv_fold
+    output.note(
+        f"{plan.recipe.model_dir}: {config.num_hidden_layers} layers, {config.num_local_experts} experts, "
+        f"{gigabytes(plan.source.total_bytes)} -> {gigabytes(plan.output_bytes)} in {mapping.world_size} rank files "
+        f"(tp {mapping.tp_size}, pp {mapping.pp_size}, moe_tp {mapping.moe_tp_size}, moe_ep {mapping.moe_ep_size})"
+    )
+    if fold:
+        output.note(
+            f"The checkpoint stores each KV head {fold.repeats} times: {fold.heads_in_file} heads are folded to "
+            f"{config.num_key_value_heads}, which loses nothing."
+        )
+    if plan.samples:
+        output.note(f"calibrating with {len(plan.samples)} samples, {sum(map(len, plan.samples))} tokens")
+
+
+def _forecast(plan: QuantizePlan) -> dict[str, Any]:
+    return {
+        "output_dir": str(plan.recipe.output_dir),
+        "tensors": plan.num_tensors,
+        "checkpoint_bytes": plan.source.total_bytes,
+        "output_bytes": plan.output_bytes,
+        "rank_bytes": [layout.total_bytes for layout in plan.layouts],
+    }
+
+
+def layer_line(progress: Progress) -> str:
+    """One plain line for a finished layer, with what a person watching a long job wants to know."""
+    summary, tokens = progress.summary, progress.summary.tokens_per_expert
+    layer = f"layer {summary.layer + 1}/{progress.num_layers}"
+    rate = progress.bytes_read / progress.seconds
+    left = progress.seconds / (summary.layer + 1) * (progress.num_layers - summary.layer - 1)
+    seen = len(tokens) - len(summary.experts_without_tokens)
+    experts = f"  experts {seen}/{len(tokens)} (min {min(tokens)} tok)" if tokens else ""
+    return (
+        f"{layer}  read {gigabytes(progress.bytes_read)} at {gigabytes(rate)}/s  "
+        f"written {gigabytes(progress.bytes_written)}{experts}  rss {gigabytes(progress.rss_bytes)}  eta {duration(left)}"
+    )
+
+
+def _summarize(report: dict[str, Any], output: Output) -> None:
+    unseen = report["experts_without_tokens"]
+    if unseen:
+        listed = ", ".join(f"layer {layer} expert {expert}" for layer, expert in unseen[:8])
+        more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+        output.note(
+            f"warning: {len(unseen)} experts saw no calibration token ({listed}{more}); their activation scales are the "
+            "maximum over the layer's other experts, of the same projection. A larger --calib_size reaches more."
+        )
+    output.result(report)
+    output.table(
+        "Quantized",
+        [
+            ("checkpoint", report["output_dir"]),
+            ("tensors", str(report["tensors"])),
+            ("read", gigabytes(report["bytes_read"])),
+            ("written", gigabytes(report["bytes_written"])),
+            ("time", duration(report["seconds"])),
+            ("peak memory", gigabytes(report["peak_rss_bytes"])),
+            ("experts without tokens", str(len(unseen))),
+        ],
+    )

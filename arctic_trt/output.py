@@ -1,0 +1,95 @@
+"""What a person or a program gets to see: results on stdout, everything else on stderr.
+
+On a terminal tables and progress are drawn by rich; in a log they are plain lines that grep finds; with ``--json`` stdout
+carries exactly one object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Output:
+    """Sink of one command; created by the command line and passed down only within it."""
+
+    def __init__(self, *, json_mode: bool = False, verbosity: int = 0) -> None:
+        self.json_mode = json_mode
+        self.verbosity = verbosity
+
+    @property
+    def quiet(self) -> bool:
+        return self.verbosity < 0
+
+    @property
+    def terminal(self) -> bool:
+        """Whether stderr is a terminal that a live display may redraw."""
+        return sys.stderr.isatty() and not self.quiet
+
+    def note(self, text: str) -> None:
+        """A line of progress or advice, on stderr, silenced by ``-q``."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def text(self, text: str, end: str = "\n") -> None:
+        """Part of the result for a person; nothing in JSON mode."""
+        if not self.json_mode:
+            print(text, end=end, flush=True)
+
+    def piece(self, text: str) -> None:
+        """A streamed fragment: stdout for a person, stderr when stdout is reserved for JSON."""
+        print(text, end="", file=sys.stderr if self.json_mode else sys.stdout, flush=True)
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and values, as part of the result for a person."""
+        if self.json_mode or self.quiet:
+            return
+        if sys.stdout.isatty():
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table("", "", title=title, title_justify="left", show_header=False)
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+        width = max(len(name) for name, _ in rows)
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value}")
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one object of ``--json``; nothing otherwise."""
+        if self.json_mode:
+            print(json.dumps(value), flush=True)
+
+    def configure_logging(self) -> None:
+        """Send the package's log records to stderr: warnings always, notices unless ``-q``, details with ``-v``."""
+        level = {-1: logging.ERROR, 0: logging.INFO}.get(self.verbosity, logging.DEBUG)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger = logging.getLogger("arctic_trt")
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as people read them, decimal units."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``3.2 s``, ``4 min 10 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,93 @@
+"""What a command is asked to do, checked once at the boundary: flags over a YAML file over defaults, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arctic_trt.errors import UsageError
+
+
+class Recipe(BaseModel):
+    """Base of all recipes: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+class QuantizeRecipe(Recipe):
+    """A quantization; field names are the flags of ``arctic-trt quantize`` and the keys of its YAML."""
+
+    model_dir: Path
+    output_dir: Path
+    dtype: Literal["bfloat16", "auto"] = "bfloat16"
+    qformat: Literal["fp8", "full_prec"] = "fp8"
+    kv_cache_dtype: Literal["fp8", "none"] | None = None
+    tp_size: int = Field(8, ge=1)
+    pp_size: int = Field(1, ge=1)
+    moe_tp_size: int | None = Field(None, ge=1)
+    moe_ep_size: int | None = Field(None, ge=1)
+    calib_dataset: str = "default"
+    calib_size: int = Field(128, ge=1)
+    calib_max_seq_length: int = Field(512, ge=1)
+    batch_size: int = Field(1, ge=1)
+    seed: int = 1234
+    overwrite: bool = False
+
+    @property
+    def kv_fp8(self) -> bool:
+        """FP8 KV cache: what an FP8 checkpoint has unless told otherwise."""
+        return self.qformat == "fp8" and self.kv_cache_dtype != "none"
+
+
+def resolve(kind: type[AnyRecipe], flags: Mapping[str, Any], config: Path | None = None) -> AnyRecipe:
+    """Merge the flags that were given over the YAML file ``config`` over the defaults.
+
+    Raises :class:`UsageError` naming the flag or the key, its value, and what is allowed.
+    """
+    from_file = read_yaml(config) if config else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    unknown = [key for key in from_file if key not in kind.model_fields]
+    if unknown:
+        raise UsageError(f"{config} has the unknown key {unknown[0]!r}.", _suggest(unknown[0], list(kind.model_fields)))
+    try:
+        return kind(**{**from_file, **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        origin = f"{config} has {key}" if key in from_file and key not in given else f"--{key}"
+        if problem["type"] == "missing":
+            raise UsageError(f"--{key} is required.") from None
+        raise UsageError(f"{origin} {problem['input']!r} is not valid: {_lower(problem['msg'])}.") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from disk; raises :class:`UsageError` when it is absent, malformed or no mapping."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.", "--config takes the path of a YAML recipe.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise UsageError(f"{path} holds a {type(raw).__name__}, expected a mapping of flag names to values.")
+    return raw
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_"), known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}."
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
