@@ -46,6 +46,34 @@ class QuantizeRecipe(Recipe):
         return self.qformat == "fp8" and self.kv_cache_dtype != "none"
 
 
+class BuildRecipe(Recipe):
+    """A build; field names are the flags of ``arctic-trt build`` and the keys of its YAML.
+
+    The limits default to what the engine's backend makes of their absence; plugins concern TensorRT-LLM alone.
+    """
+
+    checkpoint_dir: Path
+    output_dir: Path
+    backend: Literal["auto", "tensorrt_llm", "torch"] = "auto"
+    workers: int | None = Field(None, ge=1)
+    gpt_attention_plugin: str | None = None
+    gemm_plugin: str | None = None
+    moe_plugin: str | None = None
+    use_fp8_context_fmha: Literal["enable", "disable"] | None = None
+    max_batch_size: int = Field(256, ge=1)
+    max_input_len: int | None = Field(None, ge=1)
+    max_seq_len: int | None = Field(None, ge=1)
+    max_num_tokens: int = Field(8192, ge=1)
+    max_beam_width: int = Field(1, ge=1)
+    overwrite: bool = False
+
+    @property
+    def plugins(self) -> dict[str, str]:
+        """The flags about plugins that were given."""
+        names = ("gpt_attention_plugin", "gemm_plugin", "moe_plugin", "use_fp8_context_fmha")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
 def resolve(kind: type[AnyRecipe], flags: Mapping[str, Any], config: Path | None = None) -> AnyRecipe:
     """Merge the flags that were given over the YAML file ``config`` over the defaults.
 

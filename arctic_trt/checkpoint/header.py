@@ -13,6 +13,7 @@ from arctic_trt.errors import CheckpointError
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000
+AGAIN = "Download it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
 
 
 def _truncated(path: Path, expected: str, size: int) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated: {expected}, but the file has {size} bytes.", "Download it again.")
+    return CheckpointError(f"{path} is truncated: {expected}, but the file has {size} bytes.", AGAIN)
 
 
 def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> dict[str, StoredTensor]:
@@ -62,12 +63,17 @@ def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> dict[str, 
         entries = {name: entry for name, entry in table.items() if name != "__metadata__"}
         stored = {name: _entry(path, name, entry, data_start) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({error}).", "Download it again.") from None
-    end = max((item.offset + item.spec.num_bytes for item in stored.values()), default=data_start)
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error}).", AGAIN) from None
+    end = data_start
+    for item in sorted(stored.values(), key=lambda item: (item.offset, item.spec.num_bytes)):
+        if item.offset != end:
+            problem = f"{item.spec.name} leaves a gap or an overlap"
+            raise CheckpointError(f"{path} has a malformed safetensors header ({problem}).", AGAIN)
+        end += item.spec.num_bytes
     if size < end:
         raise _truncated(path, f"its header describes {end} bytes", size)
     if size > end:
-        raise CheckpointError(f"{path} has {size} bytes, but its header describes {end}.", "Download it again.")
+        raise CheckpointError(f"{path} has {size} bytes, but its header describes {end}.", AGAIN)
     return stored
 
 

@@ -129,7 +129,8 @@ class HfCheckpoint:
                 "config.json and weights are from different uploads: take both from the same revision.",
             )
         kept = max(distinct, stated.num_key_value_heads) if heads > stated.num_key_value_heads else distinct
-        if kept == heads:
+        constant = kept == 1 < stated.num_key_value_heads  # all rows alike, as in a mock-up: nothing was repeated
+        if kept == heads or constant:
             return stated, None
         return stated.with_kv_heads(kept), KvFold(heads, heads // kept)
 

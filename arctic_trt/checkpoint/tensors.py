@@ -7,7 +7,8 @@ reads into buffers of our own keep the resident size at what is really in use.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,11 +37,17 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor in memory of its own; raises :class:`CheckpointError` if the file has shrunk meanwhile."""
+        return self.read_rows(name, 0, None)
+
+    def read_rows(self, name: str, begin: int, end: int | None) -> Tensor:
+        """Entries ``begin`` to ``end`` (None: all that follow) of the first axis, without reading the others."""
         stored = self.tensors[name]
-        tensor = torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype])
+        rows = range(stored.spec.shape[0])[begin:end]
+        tensor = torch.empty((len(rows), *stored.spec.shape[1:]), dtype=TORCH_DTYPE[stored.spec.dtype])
         view, done = bytes_of(tensor), 0
+        offset = stored.offset + begin * (stored.spec.num_bytes // stored.spec.shape[0])
         while done < len(view):
-            count = os.preadv(self._fd, [view[done : done + CHUNK_BYTES]], stored.offset + done)
+            count = os.preadv(self._fd, [view[done : done + CHUNK_BYTES]], offset + done)
             if count == 0:
                 raise CheckpointError(f"{self.path} ended inside {name} while it was read.", "Is another process writing to it?")
             done += count
@@ -59,9 +66,15 @@ class TensorFileWriter:
         self.bytes_written = 0
         self._left = {name: spec.num_bytes for name, spec in layout.specs.items()}
         self._partial = path.with_name(path.name + ".partial")
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.ftruncate(self._fd, layout.total_bytes)
-        self._pwrite(memoryview(layout.header), 0)
+        with self._named_errors():
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            with self._named_errors():
+                os.ftruncate(self._fd, layout.total_bytes)
+            self._pwrite(memoryview(layout.header), 0)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, part: Tensor, index: int = 0) -> None:
         """Write ``part`` as the ``index``-th of the equal parts of which the tensor consists along its first axis."""
@@ -77,26 +90,39 @@ class TensorFileWriter:
         unwritten = [name for name, left in self._left.items() if left]
         if unwritten:
             raise RuntimeError(f"{self.path}: {len(unwritten)} tensors are not complete, e.g. {unwritten[0]}")
-        os.fsync(self._fd)
-        os.close(self._fd)
-        os.replace(self._partial, self.path)
+        with self._named_errors():
+            os.fsync(self._fd)
+            os.replace(self._partial, self.path)
+        self._close()
 
     def abandon(self) -> None:
-        os.close(self._fd)
+        """Give up, also after :meth:`finish` has failed."""
+        self._close()
         self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _pwrite(self, view: memoryview, offset: int) -> None:
         done = 0
-        try:
+        with self._named_errors():
             while done < len(view):
-                done += os.pwrite(self._fd, view[done : done + CHUNK_BYTES], offset + done)
+                count = os.pwrite(self._fd, view[done : done + CHUNK_BYTES], offset + done)
+                done += count
+                self.bytes_written += count
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turn what the disk refuses into one sentence that names the file."""
+        try:
+            yield
         except OSError as error:
             raise ArcticTrtError(
-                f"{self.path} cannot be written: {error.strerror} after {self.bytes_written + done} of "
-                f"{self.layout.total_bytes} bytes.",
+                f"{self.path} cannot be written: {error.strerror} after {self.bytes_written} of {self.layout.total_bytes} bytes.",
                 "Make room and run the same command again.",
             ) from None
-        self.bytes_written += len(view)
 
 
 def describe(shape: tuple[int, ...]) -> str:

@@ -173,7 +173,11 @@ def parse_pretrained_config(raw: dict[str, Any], source: str) -> tuple[ArcticCon
         raise UsageError(f"{source} is not an Arctic checkpoint's: {error}") from None
     if not set(algos) <= {"FP8", None}:
         raise UsageError(f"{source} asks for quantization {algos}, expected FP8 or none.")
-    return config, plan_mapping(config, **sizes), QuantFormat(fp8=algos[0] == "FP8", kv_fp8=algos[1] == "FP8")
+    try:
+        mapping = plan_mapping(config, **sizes)
+    except UsageError as error:
+        raise UsageError(f"{source} has a mapping that does not fit: {error.message}", "Quantize the checkpoint again.") from None
+    return config, mapping, QuantFormat(fp8=algos[0] == "FP8", kv_fp8=algos[1] == "FP8")
 
 
 class TrtCheckpoint:
@@ -196,23 +200,26 @@ class TrtCheckpoint:
     def read(self, rank: int, name: str) -> Tensor:
         return self._files[rank].read(name)
 
+    def file(self, rank: int) -> TensorFile:
+        return self._files[rank]
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
 
-def check_specs(file: TensorFile, expected: list[TensorSpec]) -> None:
+def check_specs(file: TensorFile, expected: list[TensorSpec], hint: str = "Was it made by another run? Quantize again.") -> None:
     """Hold one rank file to its plan; raises :class:`CheckpointError` naming the first tensor that differs."""
     wanted = {spec.name: spec for spec in expected}
     for name in sorted(wanted.keys() ^ file.tensors.keys()):
         verb = "lacks" if name in wanted else "holds the unexpected"
-        raise CheckpointError(f"{file.path} {verb} tensor {name}.", "Was it made by another run? Quantize again.")
+        raise CheckpointError(f"{file.path} {verb} tensor {name}.", hint)
     for name, spec in wanted.items():
         found = file.tensors[name].spec
         if found != spec:
             raise CheckpointError(
                 f"{name} in {file.path} is {found.dtype} {describe(found.shape)}, expected {spec.dtype} {describe(spec.shape)}.",
-                "Was it made by another run? Quantize again.",
+                hint,
             )
 
 

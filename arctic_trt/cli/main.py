@@ -12,6 +12,7 @@ import click
 
 from arctic_trt import __version__
 from arctic_trt.errors import ArcticTrtError
+from arctic_trt.runtime.launch import end_job, wait_for_leader
 
 COMMANDS = {
     "quantize": "Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.",
@@ -64,7 +65,10 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script; always ends in ``SystemExit``."""
     arguments = sys.argv[1:] if argv is None else argv
-    sys.exit(run_cli(arguments))
+    code = run_cli(arguments)
+    if code:
+        end_job(code)
+    sys.exit(code)
 
 
 def run_cli(arguments: list[str]) -> int:
@@ -73,6 +77,9 @@ def run_cli(arguments: list[str]) -> int:
         cli.main(arguments, prog_name="arctic-trt", standalone_mode=False)
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "arctic-trt"
         return _fail(f"{error.format_message()} See {command} --help.", 2)
@@ -89,13 +96,10 @@ def run_cli(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int, arguments: list[str] | None = None) -> int:
+    """Report a failure once: in an MPI job the first rank does, unless another is alone with its failure."""
+    rank = wait_for_leader()
     if arguments and ({"-v", "--verbose"} & set(arguments)):
         traceback.print_exc()
-    if speaks():
-        click.echo(f"arctic-trt: error: {' '.join(message.split())}", err=True)
+    whose = "" if rank is None or message.startswith("rank ") else f"rank {rank}: "
+    click.echo(f"arctic-trt: error: {whose}{' '.join(message.split())}", err=True)
     return code
-
-
-def speaks() -> bool:
-    """Whether this process is the one of an MPI job that prints what all of them would."""
-    return all(os.environ.get(name, "0") == "0" for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"))

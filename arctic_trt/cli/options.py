@@ -30,7 +30,7 @@ class Several(click.Option):
 
             def process(value: Any, state: Any, take_one: Callable[..., None] = take_one) -> None:
                 take_one(value, state)
-                while state.rargs and not state.rargs[0].startswith("--"):
+                while state.rargs and not state.rargs[0].startswith("--") and state.rargs[0] not in parser._short_opt:
                     take_one(state.rargs.pop(0), state)
 
             registered.process = process

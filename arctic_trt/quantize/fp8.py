@@ -34,7 +34,7 @@ def cast_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     source, target = x.reshape(-1), out.view(-1)
     for begin in range(0, source.numel(), CHUNK_ELEMENTS):
         part = slice(begin, begin + CHUNK_ELEMENTS)
-        target[part].copy_(source[part].float().div_(scale).clamp_(-E4M3_MAX, E4M3_MAX))
+        target[part].copy_(source[part].float().div(scale).clamp_(-E4M3_MAX, E4M3_MAX))
     return out
 
 

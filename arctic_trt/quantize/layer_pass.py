@@ -44,9 +44,9 @@ class LayerPass:
         """Process ``layer`` from its first byte read to its last byte written."""
         dense = self.source.dense(layer)
         self._check_small(layer, dense)
+        scales = self._put_dense(layer, dense)  # first of all, so that a weight that is not finite is named, not its effects
         if self.calibration:
             self.calibration.enter(layer, dense)
-        scales = self._put_dense(layer, dense)
         tokens, expert_scales = self._stream_experts(layer)
         if self.calibration:
             observed = self.calibration.leave()
@@ -65,13 +65,14 @@ class LayerPass:
             weights = self.source.expert(layer, expert)
             prefix = hf_layer(layer, f"block_sparse_moe.experts.{expert}")
             if self.calibration:
+                stored, fc_scale, proj_scale = quantize_mlp(weights, prefix)
                 tokens.append(self.calibration.visit(expert, weights))
-                weights, fc_scale, proj_scale = quantize_mlp(weights, prefix)
                 fc_scales.append(fc_scale)
                 proj_scales.append(proj_scale)
             else:
+                stored = weights
                 weight_amax({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w2", "w3")})
-            self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], weights)
+            self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], stored)
         scales = {"mlp.fc.weight": fc_scales, "mlp.proj.weight": proj_scales} if fc_scales else {}
         return tokens, {weight_scale(name): torch.stack(values) for name, values in scales.items()}
 

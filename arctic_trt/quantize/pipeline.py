@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from arctic_trt import __version__
 from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.checkpoint.layout import FileLayout
-from arctic_trt.checkpoint.output_dir import OutputDir
+from arctic_trt.checkpoint.output_dir import OutputDir, check_occupied, check_space
 from arctic_trt.checkpoint.trtllm import QuantFormat, plan_config
 from arctic_trt.checkpoint.writer import RankFiles, plan_files
-from arctic_trt.errors import RefusedError
 from arctic_trt.model import tokenizer
 from arctic_trt.model.mapping import Mapping, plan_mapping
 from arctic_trt.model.names import EMBEDDING, FINAL_NORM, LM_HEAD
@@ -63,7 +60,7 @@ class Progress:
 
 
 def plan_quantization(recipe: QuantizeRecipe) -> QuantizePlan:
-    """Check checkpoint, mapping and calibration data without reading weights or writing anything."""
+    """Check checkpoint, mapping, calibration data, output directory and disk without reading weights or writing anything."""
     source = HfCheckpoint(recipe.model_dir)
     mapping = plan_mapping(
         source.config,
@@ -82,7 +79,10 @@ def plan_quantization(recipe: QuantizeRecipe) -> QuantizePlan:
             vocab_size=source.config.vocab_size,
             tokenizer_dir=recipe.model_dir,
         )
-    return QuantizePlan(recipe, source, mapping, quant, samples, plan_files(source.config, mapping, quant))
+    plan = QuantizePlan(recipe, source, mapping, quant, samples, plan_files(source.config, mapping, quant))
+    check_occupied(recipe.output_dir, overwrite=recipe.overwrite)
+    check_space(recipe.output_dir, plan.output_bytes)
+    return plan
 
 
 def run_quantization(plan: QuantizePlan, on_layer: Callable[[Progress], None]) -> dict[str, Any]:
@@ -90,7 +90,6 @@ def run_quantization(plan: QuantizePlan, on_layer: Callable[[Progress], None]) -
     began = time.perf_counter()
     output_dir = plan.recipe.output_dir
     with OutputDir(output_dir, kind="checkpoint", overwrite=plan.recipe.overwrite) as out:
-        check_space(output_dir, plan.output_bytes)
         files = RankFiles(output_dir, plan.source.config, plan.mapping, plan.quant)
         try:
             summaries = _pass_over(plan, files, on_layer, began)
@@ -157,16 +156,6 @@ def _report(plan: QuantizePlan, files: RankFiles, summaries: list[LayerSummary],
         "recipe": plan.recipe.model_dump(mode="json"),
         "version": __version__,
     }
-
-
-def check_space(output_dir: Path, needed_bytes: int) -> None:
-    """Refuse before starting when the disk cannot hold the output."""
-    free = shutil.disk_usage(output_dir).free
-    if free < needed_bytes:
-        raise RefusedError(
-            f"{output_dir} needs {needed_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free.",
-            "Free some space or choose another --output_dir.",
-        )
 
 
 def peak_rss_bytes() -> int:

@@ -1,0 +1,107 @@
+"""How this process was started, and that it ends when the job does. Needs neither torch nor MPI, so it can come first.
+
+An MPI job has to end as a whole. A rank whose launcher is killed is told by the kernel; a rank that fails takes the others
+along (:func:`end_job`), after giving the first rank a moment to report what every rank would (:func:`wait_for_leader`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PATIENCE_BEFORE_MPI_S = 4.0  # ranks start seconds apart on a busy machine
+PATIENCE_S = 1.0
+RANK_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+SIZE_KEYS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_SIZE_KEYS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher said in the environment; ``world_size`` and ``local_size`` are None where it does not say."""
+
+    rank: int
+    world_size: int | None
+    local_size: int | None
+
+
+def find_launch(environ: Mapping[str, str]) -> Launch | None:
+    """The launcher's word from ``environ``, None for a process started by hand."""
+    rank, size = _first_number(environ, RANK_KEYS), _first_number(environ, SIZE_KEYS)
+    if rank is None and size is None:
+        return None
+    if size is None and "SLURM_STEP_ID" in environ:
+        size = _first_number(environ, ("SLURM_STEP_NUM_TASKS",))
+    return Launch(rank or 0, size, _first_number(environ, LOCAL_SIZE_KEYS))
+
+
+def is_leader() -> bool:
+    """Whether this process speaks for its job: the first rank, or the only process."""
+    launch = find_launch(os.environ)
+    return launch is None or launch.rank == 0
+
+
+def plan_threads(cores: int, allowed: int, local_ranks: int) -> int:
+    """Threads for one of ``local_ranks`` processes on ``cores`` cores, of which it may use ``allowed``."""
+    return max(1, min(allowed, cores // local_ranks))
+
+
+def local_threads(local_ranks: int) -> int:
+    """:func:`plan_threads` for this machine; an ``OMP_NUM_THREADS`` that somebody set is kept."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen):
+        return int(chosen)
+    return plan_threads(os.cpu_count() or 1, len(os.sched_getaffinity(0)), local_ranks)
+
+
+def tie_to_launcher() -> None:
+    """Have the kernel kill this process when its parent dies, and give Open MPI the HOME it insists on.
+
+    Does nothing outside an MPI job. Call it before anything that takes time.
+    """
+    if find_launch(os.environ) is None:
+        return
+    import ctypes  # here, because every command line imports this module
+
+    os.environ.setdefault("HOME", "/tmp")
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_leader() -> int | None:
+    """Let the first rank report a failure that all ranks see alike: it ends the job, and this process, meanwhile.
+
+    Returns this process's rank if it was left alone with the failure, None for the first rank and outside MPI jobs.
+    """
+    launch = find_launch(os.environ)
+    if launch is None or launch.rank == 0:
+        return None
+    time.sleep((PATIENCE_S if _running_mpi() else PATIENCE_BEFORE_MPI_S) + 0.1 * launch.rank)
+    return launch.rank
+
+
+def end_job(code: int) -> None:
+    """End every rank with ``code`` if MPI runs in this process; otherwise return, and the caller exits."""
+    mpi = _running_mpi()
+    if mpi is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(code)
+
+
+def _running_mpi() -> Any:
+    """The module ``mpi4py.MPI`` while MPI runs in this process, else None."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
+
+
+def _first_number(environ: Mapping[str, str], keys: tuple[str, ...]) -> int | None:
+    return next((int(environ[key]) for key in keys if environ.get(key, "").isdigit()), None)

@@ -1,0 +1,75 @@
+"""What every test may use. Torch runs on one thread, so that the order of additions does not depend on the machine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from arctic_trt.cli.main import run_cli
+from tests.support.checkpoints import SMALL, TINY, random_checkpoint, random_ids, write_samples
+from tests.support.jobs import Job
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One command line that has run in this process: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[logging.Logger]:
+    """Commands configure the package's logger; every test finds it as it was."""
+    logger = logging.getLogger("arctic_trt")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield logger
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def arctic_trt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run ``arctic-trt WORDS...`` in this process."""
+
+    def run(*words: object) -> Finished:
+        capsys.readouterr()
+        code = run_cli([str(word) for word in words])
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with the dimensions of the tiny contracts; nobody may change it."""
+    return random_checkpoint(tmp_path_factory.mktemp("tiny") / "model", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration samples for :func:`tiny_model`, of two lengths."""
+    rows = random_ids(TINY["vocab_size"], [24, 24, 24, 17, 17])
+    return write_samples(tmp_path_factory.mktemp("samples") / "samples.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest random checkpoint that has everything; nobody may change it."""
+    return random_checkpoint(tmp_path_factory.mktemp("small") / "model", SMALL)
+
+
+@pytest.fixture
+def job(small_model: Path, tmp_path: Path) -> Job:
+    """A quantization that succeeds unless the test spoils it."""
+    model_dir = Path(shutil.copytree(small_model, tmp_path / "model"))
+    samples = write_samples(tmp_path / "calib.jsonl", random_ids(SMALL["vocab_size"], [8, 8, 5]))
+    return Job(model_dir, samples, tmp_path / "out")

@@ -1,0 +1,85 @@
+"""Quantizations as a test asks for them, and directories as a test compares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
+from arctic_trt.recipes import QuantizeRecipe
+from tests.support.checkpoints import Tensors
+
+
+def quantize(model_dir: Path, output_dir: Path, **recipe: Any) -> dict[str, Any]:
+    """Quantize by the library's front door; returns the report."""
+    plan = plan_quantization(QuantizeRecipe(model_dir=model_dir, output_dir=output_dir, **recipe))
+    return run_quantization(plan, lambda progress: None)
+
+
+def read_ranks(directory: Path) -> list[Tensors]:
+    """The tensors of every rank file, read by the safetensors library."""
+    return [load_file(directory / f"rank{rank}.safetensors") for rank in range(len(list(directory.glob("rank*.safetensors"))))]
+
+
+def tree(directory: Path) -> dict[str, bytes | None] | None:
+    """Every path below ``directory`` with its bytes (None for a directory); None if there is no such directory."""
+    if not directory.exists():
+        return None
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in sorted(directory.rglob("*"))}
+
+
+def lasting(directory: Path) -> dict[str, bytes | None]:
+    """:func:`tree` without the report, which holds the time that the run took."""
+    return {name: data for name, data in (tree(directory) or {}).items() if name != "report/quantize.json"}
+
+
+@dataclass
+class Job:
+    """A quantize command line over files that a test may spoil; ``flags`` are added to it or replace what is there."""
+
+    model_dir: Path
+    calib: Path
+    output_dir: Path
+    flags: dict[str, object] = field(default_factory=dict)
+
+    def argv(self, *more: object) -> list[str]:
+        flags = {
+            "--model_dir": self.model_dir,
+            "--output_dir": self.output_dir,
+            "--calib_dataset": self.calib,
+            "--tp_size": 2,
+            **self.flags,
+        }
+        return ["quantize", *(str(word) for pair in flags.items() for word in pair), *map(str, more)]
+
+    @property
+    def index(self) -> Path:
+        return self.model_dir / "model.safetensors.index.json"
+
+    def home(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self.model_dir / json.loads(self.index.read_text())["weight_map"][name]
+
+    def edit_config(self, change: Callable[[dict[str, Any]], object]) -> None:
+        _edit_json(self.model_dir / "config.json", change)
+
+    def edit_index(self, change: Callable[[dict[str, str]], object]) -> None:
+        _edit_json(self.index, lambda raw: change(raw["weight_map"]))
+
+    def edit_shard(self, name: str, change: Callable[[Tensors], object]) -> None:
+        """Rewrite the shard that holds ``name``; the index stays as it is."""
+        path = self.home(name)
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))

@@ -1,0 +1,57 @@
+"""Recipes: flags over a YAML file over defaults, unknown keys refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from arctic_trt.errors import UsageError
+from arctic_trt.recipes import QuantizeRecipe, resolve
+
+REQUIRED = {"model_dir": Path("model"), "output_dir": Path("out")}
+
+
+def test_flags_that_were_not_given_do_not_hide_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("tp_size: 4\nseed: 7\noverwrite: true\n")
+    found = resolve(QuantizeRecipe, {**REQUIRED, "tp_size": None, "seed": 9, "overwrite": None}, path)
+    assert (found.tp_size, found.seed, found.overwrite, found.batch_size) == (4, 9, True, 1)
+
+
+def test_an_empty_file_is_an_empty_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# nothing\n")
+    assert resolve(QuantizeRecipe, REQUIRED, tmp_path / "recipe.yaml") == QuantizeRecipe(**REQUIRED)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        QuantizeRecipe(**REQUIRED).tp_size = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "in_file", "complaint"),
+    [
+        ({"tp_size": 0}, "", "--tp_size 0 is not valid: input should be greater than or equal to 1"),
+        ({}, "tp_size: 0", "recipe.yaml has tp_size 0 is not valid"),
+        ({"tp_size": 0}, "tp_size: 4", "--tp_size 0 is not valid"),
+        ({"model_dir": None}, "", "--model_dir is required"),
+        ({}, "moe_tpsize: 1", "has the unknown key 'moe_tpsize'. Did you mean 'moe_tp_size'?"),
+    ],
+)
+def test_a_problem_names_where_it_comes_from(given: dict[str, Any], in_file: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(in_file)
+    with pytest.raises(UsageError) as caught:
+        resolve(QuantizeRecipe, {**REQUIRED, **given}, path)
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("qformat", "kv_cache_dtype", "fp8"),
+    [("fp8", None, True), ("fp8", "fp8", True), ("fp8", "none", False), ("full_prec", None, False), ("full_prec", "none", False)],
+)
+def test_an_fp8_checkpoint_has_an_fp8_cache_unless_told_otherwise(qformat: Any, kv_cache_dtype: Any, fp8: bool) -> None:
+    assert QuantizeRecipe(**REQUIRED, qformat=qformat, kv_cache_dtype=kv_cache_dtype).kv_fp8 is fp8
