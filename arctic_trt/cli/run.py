@@ -1,0 +1,105 @@
+"""``arctic-trt run``."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arctic_trt.cli.options import DIRECTORY, FILE, Several, output_options
+from arctic_trt.output import Output, duration
+
+if TYPE_CHECKING:
+    from arctic_trt.runtime.runner import RunOptions, RunResult
+
+EPILOG = """\b
+Example, the official recipe's third step, on the eight ranks of an engine with --tp_size 8:
+  mpirun -n 8 --allow-run-as-root arctic-trt run --engine_dir arctic-engine --tokenizer_dir snowflake-arctic-instruct
+         --max_output_len 20 --input_text "The future of AI is"
+
+An engine of one rank runs without mpirun. Without --temperature, --top_k and --top_p the likeliest token is taken."""
+
+
+@click.command("run", epilog=EPILOG, short_help="Generate text with an engine, alone or under mpirun.")
+@click.option("--engine_dir", type=DIRECTORY, required=True, help="Engine directory, as arctic-trt build writes it.")
+@click.option("--tokenizer_dir", type=DIRECTORY, help="Directory of tokenizer.json.  [default: --engine_dir]")
+@click.option("--max_output_len", type=int, required=True, help="Generate at most N tokens a prompt.")
+@click.option("--input_text", cls=Several, metavar="TEXT ...", help="One or more prompts.")
+@click.option("--input_file", type=FILE, help="Prompts: .txt and .jsonl a line each, .csv and .npy as rows of token ids.")
+@click.option("--temperature", type=float, help="Divides the logits; 0 takes the likeliest token.  [default: 1]")
+@click.option("--top_k", type=int, help="Choose among the K likeliest tokens.")
+@click.option("--top_p", type=float, help="Choose among the likeliest tokens that make up P.")
+@click.option("--repetition_penalty", type=float, help="Above 1 makes tokens that were seen less likely.  [default: 1]")
+@click.option("--random_seed", type=int, help="Seed of the choices.  [default: 0]")
+@click.option("--end_id", type=int, help="Token id that ends a text, -1 for none.  [default: the tokenizer's]")
+@click.option("--stop_words", cls=Several, metavar="TEXT ...", help="Texts before which an output ends.")
+@click.option("--chat", is_flag=True, help="Take prompts as a user's message under the chat template.")
+@click.option("--streaming", is_flag=True, help="Print text as it comes.")
+@click.option("--output_npy", type=FILE, help="Write token ids, int32 [batch, 1, longest].")
+@click.option("--output_csv", type=FILE, help="Write token ids, a line a sequence.")
+@click.option("--output_logits_npy", type=FILE, help="Write the prompts' logits, float32 [batch, longest prompt, vocab].")
+@output_options
+def command(output: Output, streaming: bool, **flags: Any) -> None:
+    """Generate text with an engine: alone for an engine of one rank, under mpirun -n N for one of N."""
+    from arctic_trt.runtime.launch import is_leader, tie_to_launcher
+
+    tie_to_launcher()
+    if not is_leader():
+        logging.getLogger("arctic_trt").setLevel(logging.ERROR)
+    from arctic_trt.runtime.runner import run
+
+    stream = _Stream(output) if streaming else None
+    result = run(_options(**flags), stream.piece) if stream else run(_options(**flags))
+    if result is not None:
+        _show(result, output, stream)
+
+
+def _options(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+    random_seed: int | None,
+    **flags: Any,
+) -> RunOptions:
+    from arctic_trt.runtime.runner import RunOptions
+    from arctic_trt.runtime.sampler import plan_sampling
+
+    sampling = plan_sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=random_seed
+    )
+    return RunOptions(sampling=sampling, **flags)
+
+
+class _Stream:
+    """Prints pieces; where the next one belongs to another prompt, a new line says to which."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._index: int | None = None
+
+    def piece(self, index: int, text: str) -> None:
+        if index != self._index:
+            before = "" if self._index is None else "\n"
+            self._output.piece(f"{before}Output [Text {index}]: ")
+            self._index = index
+        self._output.piece(text)
+
+    def end(self) -> None:
+        if self._index is not None:
+            self._output.piece("\n")
+
+
+def _show(result: RunResult, output: Output, stream: _Stream | None) -> None:
+    if stream:
+        stream.end()
+    else:
+        for index, (prompt, completion) in enumerate(zip(result.prompts, result.outputs, strict=True)):
+            output.text(f'Input [Text {index}]: "{prompt}"')
+            generated = f'"{completion.text}"' if completion.text else f"token ids {completion.token_ids}"
+            output.text(f"Output [Text {index}]: {generated}")
+    ranks = f"{result.world_size} rank{'s' if result.world_size > 1 else ''}"
+    rate = result.num_generated / result.seconds
+    output.note(f"{result.num_generated} tokens in {duration(result.seconds)} ({rate:.1f} tokens/s) on {ranks}, {result.backend}")
+    output.result(result.as_dict())

@@ -1,0 +1,1 @@
+"""The portable engine: a rank's weights packed the way the torch runtime multiplies them."""

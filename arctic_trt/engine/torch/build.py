@@ -1,0 +1,176 @@
+"""Building a torch engine: each rank's checkpoint file is read once, repacked tensor by tensor, and written beside a plan.
+
+No more than one expert's matrix, or one dense weight, of each rank at work is in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from arctic_trt.checkpoint.layout import FileLayout, plan_layout
+from arctic_trt.checkpoint.output_dir import OutputDir, check_occupied, check_space
+from arctic_trt.checkpoint.tensors import TensorFile, TensorFileWriter
+from arctic_trt.checkpoint.trtllm import TrtCheckpoint, rank_file, read_json
+from arctic_trt.engine.config import TORCH, BuildConfig, is_engine_config, plan_engine_config
+from arctic_trt.engine.torch.format import EngineTensor, How, plan_engine_tensors, weight_scale_twins
+from arctic_trt.errors import CheckpointError, RefusedError
+from arctic_trt.model import tokenizer
+from arctic_trt.model.mapping import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchBuildPlan:
+    """A build whose inputs have been checked and whose output is known to the byte; ``layouts`` are in rank order."""
+
+    checkpoint: TrtCheckpoint
+    output_dir: Path
+    build_config: BuildConfig
+    layouts: list[FileLayout]
+    side_files: list[str]
+    overwrite: bool
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(layout.total_bytes for layout in self.layouts)
+
+
+@dataclass(frozen=True, slots=True)
+class RankBuilt:
+    """A rank file that is complete on disk."""
+
+    rank: int
+    num_bytes: int
+    seconds: float
+
+
+OnRank = Callable[[RankBuilt], None]
+
+
+def plan_torch_build(
+    checkpoint: TrtCheckpoint, output_dir: Path, build_config: BuildConfig, *, overwrite: bool = False
+) -> TorchBuildPlan:
+    """Decide what will be written, without writing it.
+
+    Raises :class:`RefusedError` where the output directory is the checkpoint, holds an engine (unless ``overwrite``) or
+    anything else, or lies on a disk that is too full.
+    """
+    _refuse_other_contents(output_dir, checkpoint.checkpoint_dir)
+    check_occupied(output_dir, overwrite=overwrite)
+    ranks = checkpoint.mapping.ranks()
+    tensors = [plan_engine_tensors(checkpoint.config, rank, checkpoint.quant) for rank in ranks]
+    plan = TorchBuildPlan(
+        checkpoint=checkpoint,
+        output_dir=output_dir,
+        build_config=build_config,
+        layouts=[plan_layout([tensor.spec for tensor in of_rank], {"format": "pt"}) for of_rank in tensors],
+        side_files=[name for name in tokenizer.FILES if (checkpoint.checkpoint_dir / name).is_file()],
+        overwrite=overwrite,
+    )
+    check_space(output_dir, plan.output_bytes)
+    return plan
+
+
+def build_torch_engine(plan: TorchBuildPlan, *, workers: int = 1, on_rank: OnRank = lambda built: None) -> list[RankBuilt]:
+    """Carry out ``plan`` with ``workers`` ranks at a time; the engine appears whole or not at all.
+
+    ``on_rank`` is called from this thread as each rank file becomes complete. Raises :class:`CheckpointError` for scales that
+    cannot be joined.
+    """
+    with OutputDir(plan.output_dir, kind="engine", overwrite=plan.overwrite) as out:
+        built = _build_ranks(plan, workers, on_rank)
+        for name in plan.side_files:
+            out.copy(plan.checkpoint.checkpoint_dir / name, name)
+        out.write_json("config.json", plan_engine_config(TORCH, plan.checkpoint.raw_config, plan.build_config))
+    return built
+
+
+def _build_ranks(plan: TorchBuildPlan, workers: int, on_rank: OnRank) -> list[RankBuilt]:
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=max(1, min(workers, len(plan.layouts))), thread_name_prefix="build") as pool:
+        futures = [pool.submit(_build_rank, plan, rank, stop) for rank in plan.checkpoint.mapping.ranks()]
+        try:
+            for built in _as_completed(futures):
+                on_rank(built)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _as_completed(futures: list[Future[RankBuilt]]) -> Iterator[RankBuilt]:
+    """Results in the order in which they become ready; the first failure is raised as soon as it is known."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        yield from sorted((future.result() for future in done), key=lambda built: built.rank)
+
+
+def _build_rank(plan: TorchBuildPlan, rank: Rank, stop: threading.Event) -> RankBuilt:
+    began, layout = time.perf_counter(), plan.layouts[rank.index]
+    source = plan.checkpoint.file(rank.index)
+    target = TensorFileWriter(plan.output_dir / rank_file(rank.index), layout)
+    try:
+        for tensor in plan_engine_tensors(plan.checkpoint.config, rank, plan.checkpoint.quant):
+            if stop.is_set():
+                raise InterruptedError(f"rank {rank.index} was given up because another rank failed")
+            repack(tensor, source, target)
+        target.finish()
+    except BaseException:
+        target.abandon()
+        raise
+    return RankBuilt(rank.index, layout.total_bytes, time.perf_counter() - began)
+
+
+def repack(tensor: EngineTensor, source: TensorFile, target: TensorFileWriter) -> None:
+    """Make one engine tensor from the checkpoint file ``source``; raises :class:`CheckpointError` where scales disagree."""
+    _require_equal(weight_scale_twins(tensor), source)
+    name, sources = tensor.spec.name, tensor.sources
+    if tensor.how is How.JOIN:
+        for index, part in enumerate(_parts(tensor, source)):
+            target.write(name, part, index)
+    elif tensor.how is How.SAME:
+        _require_equal(sources, source)
+        target.write(name, source.read(sources[0]))
+    elif tensor.how is How.PRODUCT:
+        target.write(name, source.read(sources[0]) * source.read(sources[1]))
+    else:
+        target.write(name, source.read(sources[0]).reciprocal())
+
+
+def _parts(tensor: EngineTensor, source: TensorFile) -> Iterator[Tensor]:
+    """Equal parts of a joined tensor in order: whole sources, but one matrix at a time where a source is a stack of them."""
+    for name in tensor.sources:
+        shape = source.tensors[name].spec.shape
+        step = 1 if len(shape) == 3 else shape[0]
+        for begin in range(0, shape[0], step):
+            yield source.read_rows(name, begin, begin + step)
+
+
+def _require_equal(names: tuple[str, ...], source: TensorFile) -> None:
+    for name in names[1:]:
+        expected, found = source.read(names[0]), source.read(name)
+        if not found.equal(expected):
+            raise CheckpointError(
+                f"{source.path} has {name}={found.tolist()} but {names[0]}={expected.tolist()}: the two projections read the "
+                "same input in one multiplication and must share their scales.",
+                "Quantize again with arctic-trt quantize.",
+            )
+
+
+def _refuse_other_contents(output_dir: Path, checkpoint_dir: Path) -> None:
+    if output_dir.resolve() == checkpoint_dir.resolve():
+        raise RefusedError(f"--output_dir {output_dir} is the checkpoint itself.", "Choose another --output_dir.")
+    config = output_dir / "config.json"
+    if config.is_file() and not is_engine_config(read_json(config, "Choose another --output_dir.")):
+        raise RefusedError(
+            f"--output_dir {output_dir} holds something that is not an engine, and is not overwritten.",
+            "Choose another --output_dir.",
+        )

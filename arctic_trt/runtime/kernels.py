@@ -1,0 +1,147 @@
+"""The arithmetic of a step: what differs between devices, behind one small protocol.
+
+Every device computes the same function. An FP8 projection divides its input by the static ``input_scale``, rounds it to e4m3,
+multiplies by the e4m3 weights with at least float32 accumulation and scales the product by ``alpha``. Everything between
+projections is float32; a projection without scales (bf16 weights) does not round its input.
+
+Outputs of which each rank has only a part of the sum come in the precision in which the parts should be added. On the CPU that
+is float64, in which sums of e4m3 products are exact: an activation then rounds to the same e4m3 code however the sum was
+divided over ranks, where float32 sums would now and then round to neighbouring codes, about a tenth apart.
+
+Legend: T tokens, D hidden, F ffn, E experts, N query heads, K KV heads, H head dim, L cached positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arctic_trt.model.layer import Routing
+from arctic_trt.quantize.fp8 import cast_e4m3
+
+DECODE_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Weights [out, in], or [E, out, in] for experts, as the device holds them; scales are None for a bf16 projection.
+
+    ``input_scale`` is [1]; ``alpha``, weight scale times activation scale, is [1] or [E, 1].
+    """
+
+    weight: Tensor
+    input_scale: Tensor | None = None
+    alpha: Tensor | None = None
+
+
+class Kernels(Protocol):
+    """Arithmetic on one device; activations in and out are float32."""
+
+    def hold(self, weight: Tensor) -> Tensor:
+        """Bring a weight from the file (e4m3, bf16 or float32) into the form that this device multiplies."""
+
+    def embed(self, rows_VD: Tensor, index_T: Tensor) -> Tensor:
+        """Rows of a held embedding, [T, D]."""
+
+    def linear(self, x: Tensor, projection: Projection) -> Tensor:
+        """[T, in] to float32 [T, out]."""
+
+    def partial_sum(self, x: Tensor, projection: Projection) -> Tensor:
+        """[T, in] to [T, out] where other ranks hold other columns of the weight."""
+
+    def gated_mlp(self, x_TD: Tensor, fc: Projection, proj: Projection) -> Tensor:
+        """Partial sum of proj(silu(a) * b) where fc's first half of rows gives a and its second half gives b."""
+
+    def experts(self, x_TD: Tensor, routing: Routing, fc: Projection, proj: Projection, first_expert: int) -> Tensor:
+        """Partial sum over the chosen experts among those held, [T, D]; the *second* half of fc's rows goes through SiLU."""
+
+    def attention(self, q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
+        """Causal attention of queries at positions ``start`` and on over the cache of one sequence, [T, N * H]."""
+
+    def encode_kv(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Keys or values as the FP8 cache stores them."""
+
+    def decode_kv(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """What the cache stores, as attention reads it."""
+
+
+class CpuKernels:
+    """Plain torch on the CPU: e4m3 weights are held as bf16, which represents each of them exactly."""
+
+    def hold(self, weight: Tensor) -> Tensor:
+        return decode_e4m3(weight, torch.bfloat16) if weight.dtype == torch.float8_e4m3fn else weight
+
+    def embed(self, rows_VD: Tensor, index_T: Tensor) -> Tensor:
+        return rows_VD.index_select(0, index_T).float()
+
+    def linear(self, x: Tensor, projection: Projection) -> Tensor:
+        return self.partial_sum(x, projection).float()
+
+    def partial_sum(self, x: Tensor, projection: Projection) -> Tensor:
+        return multiply(rounded(x, projection.input_scale), projection.weight, projection.alpha)
+
+    def gated_mlp(self, x_TD: Tensor, fc: Projection, proj: Projection) -> Tensor:
+        activated, linear = self.linear(x_TD, fc).chunk(2, -1)
+        return self.partial_sum(F.silu(activated) * linear, proj)
+
+    def experts(self, x_TD: Tensor, routing: Routing, fc: Projection, proj: Projection, first_expert: int) -> Tensor:
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float64)
+        x_TD = rounded(x_TD, fc.input_scale)
+        for expert in sorted(set(routing.chosen_TK.flatten().tolist())):
+            local = expert - first_expert
+            if not 0 <= local < len(fc.weight):
+                continue
+            token, slot = routing.tokens_of(expert)
+            linear, activated = multiply(x_TD[token], fc.weight[local], _of_expert(fc.alpha, local)).float().chunk(2, -1)
+            inner = rounded(F.silu(activated) * linear, proj.input_scale)
+            out = multiply(inner, proj.weight[local], _of_expert(proj.alpha, local))
+            y_TD.index_add_(0, token, out * routing.share_TK[token, slot, None])
+        return y_TD
+
+    def attention(self, q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
+        tokens, length = len(q_TNH), keys_KLH.shape[1]
+        q, k, v = q_TNH.transpose(0, 1)[None], keys_KLH[None], values_KLH[None]
+        seen = None
+        if tokens > 1 and start:
+            seen = torch.ones(tokens, length, dtype=torch.bool).tril(start)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=tokens > 1 and not start, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(tokens, -1)
+
+    def encode_kv(self, x: Tensor, scale: Tensor) -> Tensor:
+        return cast_e4m3(x, scale)
+
+    def decode_kv(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return decode_e4m3(codes, torch.float32) * scale
+
+
+def multiply(x: Tensor, weight: Tensor, alpha: Tensor | None) -> Tensor:
+    """Float64 product of ``x`` [T, in] and held ``weight`` [out, in], times ``alpha``."""
+    y = F.linear(x.double(), weight.double())
+    return y if alpha is None else y * alpha
+
+
+def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Float32 values of the e4m3 codes of ``x / scale``; ``x`` itself where there is no scale."""
+    return x if scale is None else decode_e4m3(cast_e4m3(x, scale), torch.float32)
+
+
+def decode_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of e4m3 ``codes`` by table: several times faster than torch's own conversion, and untouched by denormal modes."""
+    out = torch.empty(codes.shape, dtype=dtype)
+    source, target, table = codes.reshape(-1).view(torch.uint8), out.view(-1), _TABLES[dtype]
+    for begin in range(0, len(target), DECODE_CHUNK):
+        part = slice(begin, begin + DECODE_CHUNK)
+        torch.index_select(table, 0, source[part].int(), out=target[part])
+    return out
+
+
+def _of_expert(alpha: Tensor | None, local: int) -> Tensor | None:
+    return None if alpha is None else alpha[local]
+
+
+_CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+_TABLES = {dtype: _CODES.to(dtype) for dtype in (torch.float32, torch.bfloat16)}

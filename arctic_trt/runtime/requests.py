@@ -1,0 +1,113 @@
+"""What is asked of an engine: prompts as token ids, how to choose the next one, and when to stop; checked before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from arctic_trt.engine.config import BuildConfig
+from arctic_trt.errors import UsageError
+from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.sampler import Sampling
+
+END_OF_TEXT = "</s>"
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt; ``index`` is its place among the prompts and names it everywhere."""
+
+    index: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    end_ids: frozenset[int] = frozenset()
+    prompt_logits: bool = False
+
+
+def plan_requests(
+    prompts: Sequence[Sequence[int]],
+    limits: BuildConfig,
+    vocab_size: int,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int] = frozenset(),
+    prompt_logits: bool = False,
+) -> list[Request]:
+    """Check the prompts against the engine's limits; raises :class:`UsageError` naming the prompt."""
+    if max_new_tokens < 1:
+        raise UsageError(f"--max_output_len {max_new_tokens} is not a positive number.")
+    if not prompts:
+        raise UsageError("There is no prompt.", "Give --input_text, or an --input_file that is not empty.")
+    for index, prompt in enumerate(prompts):
+        _check_prompt(index, prompt, limits, vocab_size, max_new_tokens)
+    return [
+        Request(
+            index=index,
+            prompt=tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end_ids=end_ids,
+            prompt_logits=prompt_logits,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def find_end_ids(given: int | None, tokenizer: Tokenizer | None, directory: Path | None) -> tuple[int, ...]:
+    """Ids that end a sequence, the one used for padding first.
+
+    ``--end_id`` alone if it was given (-1: none); otherwise the tokenizer's end token, those of ``generation_config.json`` in
+    ``directory``, and ``</s>``, which an instruct model may still produce.
+    """
+    if given is not None:
+        return (given,) if given >= 0 else ()
+    found: list[int] = []
+    if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
+        found.append(tokenizer.hf.eos_token_id)
+    if directory is not None:
+        found += _generation_end_ids(directory / GENERATION_CONFIG)
+    if tokenizer is not None and END_OF_TEXT in tokenizer.hf.get_vocab():
+        found.append(tokenizer.hf.convert_tokens_to_ids(END_OF_TEXT))
+    return tuple(dict.fromkeys(found))
+
+
+def _generation_end_ids(path: Path) -> list[int]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        value = raw.get("eos_token_id")
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is not a JSON object ({error}).", "Restore it, or delete it.") from None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) for item in ids):
+        raise UsageError(
+            f"{path} has eos_token_id={value!r}, expected a token id or a list of them.", "Restore it, or delete it."
+        )
+    return ids
+
+
+def _check_prompt(index: int, prompt: Sequence[int], limits: BuildConfig, vocab_size: int, max_new_tokens: int) -> None:
+    if not prompt:
+        raise UsageError(f"Prompt {index} is empty.", "Give it at least one token.")
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise UsageError(
+            f"Prompt {index} has token id {wrong}, expected 0 to {vocab_size - 1}.", "Is the tokenizer another model's?"
+        )
+    if len(prompt) > limits.max_input_len:
+        raise UsageError(
+            f"Prompt {index} has {len(prompt)} tokens, the engine was built for --max_input_len {limits.max_input_len}.",
+            "Shorten it, or build the engine with a larger one.",
+        )
+    if len(prompt) + max_new_tokens > limits.max_seq_len:
+        raise UsageError(
+            f"Prompt {index} has {len(prompt)} tokens, which with --max_output_len {max_new_tokens} exceeds the engine's "
+            f"--max_seq_len {limits.max_seq_len}.",
+            f"At most {max(0, limits.max_seq_len - len(prompt))} tokens of output fit.",
+        )

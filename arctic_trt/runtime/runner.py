@@ -1,0 +1,213 @@
+"""``arctic-trt run`` on one rank: read the engine, meet the other ranks, generate, write results on rank 0.
+
+All ranks call :func:`run` with the same options. Rank 0 alone reads prompts and tokenizer, and it alone returns a result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arctic_trt.engine.backends import HOW_TO_GET, tensorrt_llm_installed
+from arctic_trt.engine.config import TORCH, EngineConfig, read_engine_config
+from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.model.tokenizer import FILES, Tokenizer
+from arctic_trt.runtime.communicator import Communicator, agreement, connect
+from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
+from arctic_trt.runtime.generate import Completion, Listeners, OnPiece, generate
+from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
+from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy
+from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests
+from arctic_trt.runtime.sampler import Sampling
+from arctic_trt.runtime.worker import Worker, load_worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What ``arctic-trt run`` was asked for."""
+
+    engine_dir: Path
+    max_output_len: int
+    tokenizer_dir: Path | None = None
+    input_text: tuple[str, ...] = ()
+    input_file: Path | None = None
+    chat: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    end_id: int | None = None
+    stop_words: tuple[str, ...] = ()
+    output_npy: Path | None = None
+    output_csv: Path | None = None
+    output_logits_npy: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One completion as the interface names it."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What rank 0 reports; ``seconds`` is the generation alone, without loading."""
+
+    prompts: list[str]
+    outputs: list[Output]
+    seconds: float
+    world_size: int
+    backend: str
+
+    @property
+    def num_generated(self) -> int:
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "outputs": [asdict(output) for output in self.outputs],
+            "seconds": round(self.seconds, 6),
+            "tokens_per_second": round(self.num_generated / self.seconds, 3),
+            "world_size": self.world_size,
+            "backend": self.backend,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Rank 0's checked work."""
+
+    prompts: list[Prompt]
+    requests: list[Request]
+    tokenizer: Tokenizer | None
+    pad: int
+
+
+def run(options: RunOptions, on_piece: OnPiece = lambda index, piece: None) -> RunResult | None:
+    """Generate; returns the result on rank 0 and None on the others.
+
+    ``on_piece`` is called on rank 0 with (prompt index, text) as text becomes certain. Raises :class:`UsageError` for options
+    and inputs that do not fit, :class:`RefusedError` for a wrong number of ranks or a backend that is absent, and
+    :class:`CheckpointError` for broken engine files; all ranks raise together, with the lowest failing rank's message.
+    """
+    engine = read_engine_config(options.engine_dir)
+    _check_backend(engine, options.engine_dir)
+    config, mapping, quant = engine.network(str(options.engine_dir / "config.json"))
+    comm = connect(mapping)
+    with agreement(comm):
+        job = _plan(options, engine, config.vocab_size) if comm.rank == 0 else None
+        worker = load_worker(options.engine_dir, config, quant, mapping.rank(comm.rank), comm)
+    if job is None:
+        worker.follow()
+        return None
+    return _lead(options, engine, job, worker, comm, on_piece)
+
+
+def _lead(
+    options: RunOptions, engine: EngineConfig, job: Job, worker: Worker, comm: Communicator, on_piece: OnPiece
+) -> RunResult:
+    listeners, logits = Listeners(on_piece=on_piece), None
+    if options.output_logits_npy is not None:
+        vocab_size = worker.network.config.vocab_size
+        logits = PromptLogits(options.output_logits_npy, [request.prompt for request in job.requests], vocab_size)
+        listeners = Listeners(on_piece=on_piece, on_prompt_logits=logits.write)
+    began = time.perf_counter()
+    try:
+        completions = generate(
+            worker.lead,
+            job.requests,
+            engine.build_config,
+            detokenizer=_detokenizer_of(job.tokenizer),
+            stop_words=options.stop_words,
+            listeners=listeners,
+        )
+        seconds = time.perf_counter() - began
+        worker.dismiss()
+        if logits is not None:
+            logits.finish()
+    except BaseException:
+        if logits is not None:
+            logits.abandon()
+        raise
+    _write_rows(options, completions, job.pad)
+    return RunResult(
+        prompts=[prompt.shown for prompt in job.prompts],
+        outputs=[_output(completion) for completion in completions],
+        seconds=seconds,
+        world_size=comm.world_size,
+        backend=engine.backend,
+    )
+
+
+def _check_backend(engine: EngineConfig, engine_dir: Path) -> None:
+    if engine.backend == TORCH:
+        return
+    if not tensorrt_llm_installed():
+        raise RefusedError(f"{engine_dir} is a TensorRT-LLM engine, but tensorrt_llm is not installed.", HOW_TO_GET)
+    raise RefusedError(
+        f"{engine_dir} is a TensorRT-LLM engine, which this version cannot run.",
+        "Build the checkpoint with --backend torch, or run the engine with TensorRT-LLM's own run script.",
+    )
+
+
+def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
+    for flag in ("output_npy", "output_csv", "output_logits_npy"):
+        check_writable(f"--{flag}", getattr(options, flag))
+    prompts = read_prompts(options.input_text, options.input_file)
+    directory = _tokenizer_dir(options)
+    tokenizer = _load_tokenizer(options, prompts, directory)
+    end_ids = find_end_ids(options.end_id, tokenizer, directory)
+    requests = plan_requests(
+        [tokenize(prompt, tokenizer, chat=options.chat) for prompt in prompts],
+        engine.build_config,
+        vocab_size,
+        max_new_tokens=options.max_output_len,
+        sampling=options.sampling,
+        end_ids=frozenset(end_ids),
+        prompt_logits=options.output_logits_npy is not None,
+    )
+    return Job(prompts=prompts, requests=requests, tokenizer=tokenizer, pad=end_ids[0] if end_ids else NO_END_ID)
+
+
+def _tokenizer_dir(options: RunOptions) -> Path:
+    """The given directory, or the engine's own, into which the build copies the tokenizer."""
+    if options.tokenizer_dir is None:
+        return options.engine_dir
+    if not options.tokenizer_dir.is_dir():
+        raise UsageError(f"--tokenizer_dir {options.tokenizer_dir} is not a directory.")
+    return options.tokenizer_dir
+
+
+def _load_tokenizer(options: RunOptions, prompts: list[Prompt], directory: Path) -> Tokenizer | None:
+    """None where prompts are token ids and there is no tokenizer: the outputs then carry ids and no text."""
+    needs_text = bool(options.stop_words) or any(prompt.token_ids is None for prompt in prompts)
+    if not needs_text and not (directory / FILES[0]).exists():
+        logger.warning("There is no %s in %s: the outputs hold token ids and no text.", FILES[0], directory)
+        return None
+    return Tokenizer(directory)
+
+
+def _detokenizer_of(tokenizer: Tokenizer | None) -> Callable[[], Detokenizer | None]:
+    if tokenizer is None:
+        return lambda: None
+    return partial(Detokenizer, tokenizer.decode, settled_ids(tokenizer))
+
+
+def _write_rows(options: RunOptions, completions: list[Completion], pad: int) -> None:
+    rows = padded_rows(completions, pad)
+    if options.output_npy is not None:
+        write_npy(options.output_npy, rows)
+    if options.output_csv is not None:
+        write_csv(options.output_csv, rows)
+
+
+def _output(completion: Completion) -> Output:
+    return Output(completion.text, list(completion.token_ids), len(completion.prompt), completion.finish_reason)

@@ -1,0 +1,139 @@
+"""``arctic-trt run`` from the command line, alone and under mpirun."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from arctic_trt.runtime import launch
+from tests.conftest import Finished
+from tests.support.engines import build_engine, mpirun
+from tests.support.jobs import quantize
+from tests.support.small_tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    work_dir = tmp_path_factory.mktemp("run")
+
+    def engine(tp_size: int) -> Path:
+        directory = work_dir / f"engine{tp_size}"
+        if not directory.exists():
+            checkpoint = work_dir / f"checkpoint{tp_size}"
+            quantize(tiny_model, checkpoint, calib_dataset=str(tiny_samples), tp_size=tp_size)
+            write_tokenizer(checkpoint)
+            build_engine(checkpoint, directory)
+        return directory
+
+    return engine
+
+
+@pytest.fixture
+def words(engines: Callable[[int], Path]) -> list[object]:
+    return ["run", "--engine_dir", engines(1), "--tokenizer_dir", engines(1), "--max_output_len", 12, "--end_id", -1]
+
+
+def test_texts_for_people(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    done = arctic_trt(*words, "--input_text", "the sea is", "a")
+    assert done.code == 0
+    assert done.out.startswith('Input [Text 0]: "the sea is"\nOutput [Text 0]: "')
+    assert '\nInput [Text 1]: "a"\nOutput [Text 1]: "' in done.out
+    assert re.search(r"24 tokens in .* tokens/s\) on 1 rank, torch", done.err)
+
+
+def test_json_is_one_object(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    done = arctic_trt(*words, "--input_text", "the sea is", "--input_text", "a", "--json")
+    value = json.loads(done.out)
+    assert done.code == 0 and done.out.count("\n") == 1
+    assert [len(output["token_ids"]) for output in value["outputs"]] == [12, 12]
+    assert (
+        arctic_trt(*words, "--input-text", "the sea is", "a", "--json").out.split('"seconds"')[0]
+        == done.out.split('"seconds"')[0]
+    )
+
+
+def test_streaming_prints_the_text_as_it_comes(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    text = json.loads(arctic_trt(*words, "--input_text", "the sea is", "--json").out)["outputs"][0]["text"]
+    streamed = arctic_trt(*words, "--input_text", "the sea is", "--streaming")
+    assert streamed.out == f"Output [Text 0]: {text}\n"
+    both = arctic_trt(*words, "--input_text", "the sea is", "--streaming", "--json")
+    assert json.loads(both.out)["outputs"][0]["text"] == text
+    assert f"Output [Text 0]: {text}\n" in both.err
+
+
+def test_sampling_flags_reach_the_sampler(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    def tokens(*flags: object) -> list[int]:
+        return json.loads(arctic_trt(*words, "--input_text", "the sea", "--json", *flags).out)["outputs"][0]["token_ids"]
+
+    greedy, random = tokens(), tokens("--temperature", 3, "--random_seed", 1)
+    assert tokens("--temperature", 0) == tokens("--top_k", 1) == greedy != random
+    assert tokens("--temperature", 3, "--random_seed", 1) == random != tokens("--temperature", 3, "--random_seed", 2)
+    penalized = tokens("--repetition_penalty", 1000)
+    assert len(set(penalized)) == len(penalized)
+    stop = json.loads(arctic_trt(*words, "--input_text", "the sea", "--json", "--end_id", greedy[4]).out)["outputs"][0]
+    assert stop["token_ids"] == greedy[: greedy.index(greedy[4]) + 1] and stop["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "either --input_text or --input_file"),
+        (["--input_text", "a", "--input_file", "b.txt"], "either --input_text or --input_file"),
+        (["--input_text", "a", "--top_p", "2"], "--top_p 2.0 is out of range, expected between 0 and 1"),
+        (["--input_text", "a", "--temperature", "-1"], "--temperature -1.0 is out of range"),
+        (["--input_file", "absent.txt"], "--input_file absent.txt cannot be read"),
+        (["--input_text", "a", "--max_output_len", "many"], "--max_output_len"),
+    ],
+)
+def test_wrong_usage(flags: list[str], complaint: str, words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    done = arctic_trt(*words, *flags)
+    assert (done.code, done.out) == (2, "") and complaint in done.err and done.err.count("\n") == 1
+
+
+def test_tokenizer_and_engine_missing(words: list[object], arctic_trt: Callable[..., Finished], tmp_path: Path) -> None:
+    done = arctic_trt(*words, "--input_text", "a", "--tokenizer_dir", tmp_path)
+    assert done.code == 2 and f"{tmp_path}/tokenizer.json does not exist" in done.err
+    done = arctic_trt(*words, "--input_text", "a", "--engine_dir", tmp_path)
+    assert done.code == 2 and f"{tmp_path}/config.json does not exist" in done.err
+
+
+def test_an_engine_of_two_ranks_asks_for_mpirun(
+    words: list[object], engines: Callable[[int], Path], arctic_trt: Callable[..., Finished]
+) -> None:
+    done = arctic_trt(*words, "--input_text", "a", "--engine_dir", engines(2))
+    assert done.code == 3 and "needs 2 ranks (tp 2 x pp 1), got 1. Start it as: mpirun -n 2" in done.err
+
+
+def test_short_flags_after_several_texts_are_flags(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    done = arctic_trt(*words, "--input_text", "a", "- b", "-q")
+    assert done.out.count("Output [Text") == 2 and 'Input [Text 1]: "- b"' in done.out
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_left_alone_with_a_failure_says_so(
+    rank: int, arctic_trt: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_BEFORE_MPI_S", 0.0)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
+    done = arctic_trt("build", "--checkpoint_dir", tmp_path / "absent", "--output_dir", tmp_path / "engine")
+    whose = "rank 3: " if rank else ""
+    assert done.code == 2 and f"arctic-trt: error: {whose}{tmp_path}/absent/config.json does not exist" in done.err
+
+
+@pytest.mark.mpi
+def test_two_ranks_say_what_one_says(
+    words: list[object], engines: Callable[[int], Path], arctic_trt: Callable[..., Finished]
+) -> None:
+    flags = ["--input_text", "the sea is", "a", "--temperature", 1.5, "--streaming", "--json"]
+    alone = json.loads(arctic_trt(*words, *flags).out)
+    job = mpirun(2, "-m", "arctic_trt", *words, *flags, "--engine_dir", engines(2))
+    assert job.code == 0, job.err
+    together = json.loads(job.out)
+    assert together["outputs"] == alone["outputs"]
+    assert (alone["world_size"], together["world_size"]) == (1, 2)
+    assert job.err.count("on 2 ranks, torch") == 1

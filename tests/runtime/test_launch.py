@@ -1,0 +1,54 @@
+"""What launchers say in the environment, and what follows from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from arctic_trt.runtime import launch
+from arctic_trt.runtime.launch import Launch, end_job, find_launch, is_leader, plan_threads, tie_to_launcher, wait_for_leader
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, None),  # a batch script's own shell
+        (
+            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
+            Launch(3, 8, 4),
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, Launch(1, 2, 2)),
+        ({"PMIX_RANK": "5"}, Launch(5, None, None)),
+        ({"PMIX_RANK": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, Launch(5, 8, None)),
+        ({"OMPI_COMM_WORLD_RANK": "", "PMIX_RANK": "2"}, Launch(2, None, None)),
+    ],
+)
+def test_find_launch(environ: dict[str, str], expected: Launch | None) -> None:
+    assert find_launch(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "allowed", "ranks", "expected"),
+    [(2, 2, 8, 1), (16, 16, 4, 4), (16, 1, 8, 1), (96, 12, 8, 12), (1, 1, 1, 1), (7, 7, 2, 3)],
+)
+def test_threads_are_shared_out(cores: int, allowed: int, ranks: int, expected: int) -> None:
+    assert plan_threads(cores, allowed, ranks) == expected
+
+
+def test_a_process_started_by_hand_speaks_and_is_tied_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*launch.RANK_KEYS, *launch.SIZE_KEYS, "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    tie_to_launcher()
+    end_job(1)
+    assert is_leader() and wait_for_leader() is None
+    assert "HOME" not in launch.os.environ
+
+
+def test_a_follower_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert wait_for_leader() is None and is_leader()
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert wait_for_leader() == 3 and not is_leader()
+    assert waited == [pytest.approx(launch.PATIENCE_BEFORE_MPI_S + 0.3)]
