@@ -1,0 +1,154 @@
+"""How fast this machine reads, writes, casts and multiplies: a few seconds that turn sizes into hours.
+
+The casts and the matrix products run as ``quantize`` runs them: one thread a core, torch's own threads off.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from arctic_trt.errors import RefusedError
+
+CHUNK_BYTES = 4 << 20
+FIRST_SYNC_BYTES = 32 << 20
+MAX_FILE_BYTES = 1 << 30
+FREE_SHARE = 4
+"""The trial file takes at most this part of the free space."""
+CAST_ELEMENTS = 4 << 20
+GEMM_ROWS, GEMM_INNER, GEMM_COLUMNS = 512, 4096, 2048
+WRITE_SHARE, READ_SHARE, CAST_SHARE = 0.4, 0.3, 0.5
+"""Of the time that is left when each begins; the matrix products take the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Per second: bytes to and from disk, bytes of bf16 scaled and cast to e4m3, floating-point operations of bf16 products."""
+
+    write_bytes: float
+    read_bytes: float
+    cast_bytes: float
+    gemm_flops: float
+    cores: int
+
+
+def measure_machine(directory: Path, *, seconds: float = 10.0, cores: int | None = None) -> Rates:
+    """Measure the disk that holds ``directory`` (which must exist) and the cores, in about ``seconds`` altogether.
+
+    The trial file has no name, so that it is gone when the process is, however that ends. Raises :class:`RefusedError` when the
+    disk cannot be written.
+    """
+    cores = cores or os.cpu_count() or 1
+    deadline = time.perf_counter() + seconds
+    import torch  # part of the time: it takes a second where files are cold
+
+    write, read = measure_disk(directory, deadline)
+    threads = torch.get_num_threads()
+    try:
+        cast = _per_second(_cast_work, cores, CAST_SHARE * _left(deadline))
+        gemm = _per_second(_gemm_work, cores, _left(deadline))
+    finally:
+        torch.set_num_threads(threads)
+    return Rates(write_bytes=write, read_bytes=read, cast_bytes=cast, gemm_flops=gemm, cores=cores)
+
+
+def measure_disk(directory: Path, deadline: float) -> tuple[float, float]:
+    """Bytes a second written (and made durable) to, and read back from, a trial file of at most 1 GiB."""
+    limit = min(MAX_FILE_BYTES, shutil.disk_usage(directory).free // FREE_SHARE)
+    if limit < CHUNK_BYTES:
+        raise RefusedError(f"The disk of {directory} is too full to measure.", "Free some space, or pass --no_measure.")
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            write = _write(file.fileno(), limit, WRITE_SHARE * _left(deadline))
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return write, _read(file.fileno(), READ_SHARE * _left(deadline))
+    except OSError as error:
+        raise RefusedError(
+            f"{directory} cannot be measured: {error.strerror}.", "Choose another --output_dir, or pass --no_measure."
+        ) from None
+
+
+def _write(fd: int, limit_bytes: int, seconds: float) -> float:
+    """Sync after ever larger pieces, as many as fit the time: one sync at the end could take any time."""
+    block = os.urandom(CHUNK_BYTES)
+    done, piece, began = 0, min(FIRST_SYNC_BYTES, limit_bytes), time.perf_counter()
+    while piece >= CHUNK_BYTES:
+        for _ in range(piece // CHUNK_BYTES):
+            done += os.pwrite(fd, block, done)
+        os.fdatasync(fd)
+        elapsed = time.perf_counter() - began
+        piece = min(2 * piece, int(done / elapsed * (seconds - elapsed)), limit_bytes - done)
+    return done / elapsed
+
+
+def _read(fd: int, seconds: float) -> float:
+    buffer = bytearray(CHUNK_BYTES)
+    done, began = 0, time.perf_counter()
+    while count := os.preadv(fd, [buffer], done):
+        done += count
+        if time.perf_counter() - began > seconds:
+            break
+    return done / (time.perf_counter() - began)
+
+
+def _per_second(make_work: Callable[[], Callable[[], int]], threads: int, seconds: float) -> float:
+    """Units a second of ``threads`` threads that each repeat a work of their own; at least two rounds each, one to warm up."""
+    import torch
+
+    stop = threading.Event()
+
+    def repeat() -> float:
+        work = make_work()
+        work()
+        units, began = 0, time.perf_counter()
+        while True:
+            units += work()
+            elapsed = time.perf_counter() - began
+            if elapsed >= seconds or stop.is_set():
+                return units / elapsed
+
+    with ThreadPoolExecutor(threads, "measure", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return sum(future.result() for future in [pool.submit(repeat) for _ in range(threads)])
+        finally:
+            stop.set()
+
+
+def _cast_work() -> Callable[[], int]:
+    """One round finds the maximum and casts: returns bytes of bf16."""
+    import torch
+
+    from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
+
+    weights = torch.randn(CAST_ELEMENTS).bfloat16()
+
+    def work() -> int:
+        cast_e4m3(weights, scale_from_amax(amax(weights)))
+        return weights.nbytes
+
+    return work
+
+
+def _gemm_work() -> Callable[[], int]:
+    """One round multiplies some rows with a matrix: returns floating-point operations."""
+    import torch
+
+    rows_TD = torch.randn(GEMM_ROWS, GEMM_INNER).bfloat16()
+    weight_FD = torch.randn(GEMM_COLUMNS, GEMM_INNER).bfloat16()
+
+    def work() -> int:
+        torch.nn.functional.linear(rows_TD, weight_FD)
+        return 2 * GEMM_ROWS * GEMM_INNER * GEMM_COLUMNS
+
+    return work
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.perf_counter())
