@@ -19,6 +19,13 @@ class Output:
     def __init__(self, *, json_mode: bool = False, verbosity: int = 0) -> None:
         self.json_mode = json_mode
         self.verbosity = verbosity
+        self.plain = False
+        """Draw nothing, wherever the output seems to go: mpirun gives its ranks a terminal even when it has none itself."""
+
+    def mute(self) -> None:
+        """Say nothing any more, results included: another process of the job speaks."""
+        self.verbosity, self.json_mode, self.text, self.piece = -1, False, _nothing, _nothing  # type: ignore[method-assign]
+        self.configure_logging()
 
     @property
     def quiet(self) -> bool:
@@ -27,7 +34,7 @@ class Output:
     @property
     def terminal(self) -> bool:
         """Whether stderr is a terminal that a live display may redraw."""
-        return sys.stderr.isatty() and not self.quiet
+        return sys.stderr.isatty() and not self.quiet and not self.plain
 
     def note(self, text: str) -> None:
         """A line of progress or advice, on stderr, silenced by ``-q``."""
@@ -43,23 +50,27 @@ class Output:
         """A streamed fragment: stdout for a person, stderr when stdout is reserved for JSON."""
         print(text, end="", file=sys.stderr if self.json_mode else sys.stdout, flush=True)
 
-    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and values, as part of the result for a person."""
-        if self.json_mode or self.quiet:
+    def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, always: bool = False) -> None:
+        """Names and values, or as many columns as ``header`` has, as part of the result for a person.
+
+        ``-q`` silences it unless ``always``: a table that is all a command was asked for.
+        """
+        if self.json_mode or (self.quiet and not always):
             return
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not self.plain:
             from rich.console import Console
             from rich.table import Table
 
-            table = Table("", "", title=title, title_justify="left", show_header=False)
+            table = Table(*(header or rows[0]), title=title, title_justify="left", show_header=bool(header))
             for row in rows:
                 table.add_row(*row)
             Console().print(table)
             return
-        width = max(len(name) for name, _ in rows)
+        lines = [header, *rows] if header else rows
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print(title)
-        for name, value in rows:
-            print(f"  {name:<{width}}  {value}")
+        for line in lines:
+            print("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The one object of ``--json``; nothing otherwise."""
@@ -75,6 +86,10 @@ class Output:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+def _nothing(text: str, end: str = "") -> None:
+    pass
 
 
 def gigabytes(count: float) -> str:

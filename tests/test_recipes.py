@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from arctic_trt.errors import UsageError
-from arctic_trt.recipes import QuantizeRecipe, resolve
+from arctic_trt.quantize.data import BUILT_IN, NAMED
+from arctic_trt.recipes import PlanRecipe, QuantizeRecipe, read_yaml, resolve
 
+CALIB = sorted((Path(__file__).parents[1] / "calib").glob("*.yaml"))
 REQUIRED = {"model_dir": Path("model"), "output_dir": Path("out")}
 
 
@@ -55,3 +57,28 @@ def test_a_problem_names_where_it_comes_from(given: dict[str, Any], in_file: str
 )
 def test_an_fp8_checkpoint_has_an_fp8_cache_unless_told_otherwise(qformat: Any, kv_cache_dtype: Any, fp8: bool) -> None:
     assert QuantizeRecipe(**REQUIRED, qformat=qformat, kv_cache_dtype=kv_cache_dtype).kv_fp8 is fp8
+
+
+@pytest.mark.parametrize("path", CALIB, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
+    recipe = resolve(QuantizeRecipe, REQUIRED, path)
+    assert read_yaml(path).items() <= recipe.model_dump().items(), "nothing in it is silently changed"
+    assert recipe.calib_dataset in {*BUILT_IN, *NAMED}
+    assert resolve(PlanRecipe, {"model": Path("model")}, path).qformat == recipe.qformat
+    assert path.read_text().startswith("# "), "it says what it is for"
+
+
+def test_the_recipe_called_fp8_is_the_default() -> None:
+    assert {path.stem for path in CALIB} == {"bf16", "fp8", "fp8-official", "fp8-thorough"}
+    [fp8] = [path for path in CALIB if path.stem == "fp8"]
+    default = QuantizeRecipe(**REQUIRED)
+    found = resolve(QuantizeRecipe, REQUIRED, fp8)
+    assert found.model_copy(update={"kv_cache_dtype": None}) == default and found.kv_fp8 == default.kv_fp8
+
+
+@pytest.mark.parametrize("kind", [QuantizeRecipe, PlanRecipe])
+def test_an_fp8_cache_needs_scales(kind: Any) -> None:
+    given = {**REQUIRED, "model": Path("model"), "qformat": "full_prec", "kv_cache_dtype": "fp8"}
+    flags = {name: value for name, value in given.items() if name in kind.model_fields}
+    with pytest.raises(UsageError, match="--kv_cache_dtype fp8 needs scales, which --qformat full_prec does not calibrate"):
+        resolve(kind, flags)

@@ -1,12 +1,14 @@
 """An output directory that is either complete, or marked as unfinished work of ours, or not there.
 
-A marker file is written before anything else and removed last, after everything has been made durable. What a directory may be
-cleared of is decided by name, so that nobody's other files are ever deleted.
+A marker with the job's fingerprint is written before anything else and removed last, after everything has been made durable; the
+directory is locked while a process works. What it may be cleared of is decided by name, so that nobody's files are ever deleted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,51 +18,119 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from arctic_trt.errors import ArcticTrtError, RefusedError, UsageError
+from arctic_trt.checkpoint.tensors import PARTIAL
+from arctic_trt.errors import ArcticTrtError, CheckpointError, RefusedError, UsageError
 from arctic_trt.model import tokenizer
 
+logger = logging.getLogger(__name__)
+
 MARKER = ".arctic-trt-unfinished"
+JOURNAL = ".arctic-trt-journal"
 OWN_NAMES = re.compile(
-    r"rank\d+\.safetensors|config\.json|report/[a-z_]+\.json|" + "|".join(re.escape(name) for name in tokenizer.FILES)
+    rf"rank\d+\.safetensors|config\.json|report/[a-z_]+\.json|{re.escape(JOURNAL)}/[a-z0-9_.-]+|"
+    + "|".join(re.escape(name) for name in tokenizer.FILES)
 )
-PARTIAL = ".partial"
 
 
 class OutputDir:
     """Context manager around the writing of one checkpoint or engine.
 
-    Entering claims the directory; leaving normally completes it; leaving with an exception removes what was written.
-    Raises :class:`RefusedError` when the directory holds anything that this program must not touch.
+    Entering claims the directory; ``resuming`` then says whether it holds unfinished work with the same ``fingerprint``. Leaving
+    normally completes it. Leaving with an exception removes what was written, unless ``keep`` was set because there is something
+    to resume and the inputs are not to blame: what was made from a damaged checkpoint is not kept. Raises
+    :class:`RefusedError` when the directory holds anything that this job must not touch.
     """
 
-    def __init__(self, path: Path, *, kind: str, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, *, kind: str, fingerprint: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
         self.path = path
-        self.kind = kind
         self.overwrite = overwrite
+        self.resuming = False
+        self.keep = False
+        self._marker = {"kind": kind, "fingerprint": dict(fingerprint or {})}
         self._created: list[Path] = []
+        self._lock = -1
+
+    def check(self) -> None:
+        """Refuse what entering would refuse, without touching anything."""
+        if self.path.is_dir():
+            os.close(_lock(self.path))
+        self._check_content()
+
+    def is_ours(self) -> bool:
+        """Whether nobody, or a run of this very job, has left a marker there."""
+        return read_marker(self.path) in (None, self._marker)
+
+    def _check_content(self) -> None:
+        found = read_marker(self.path)
+        differs = found is not None and found.get("fingerprint") and found != self._marker
+        if differs and not self.overwrite:
+            raise _mismatch(self.path, found or {}, self._marker)
+        check_occupied(self.path, overwrite=self.overwrite)
 
     def __enter__(self) -> OutputDir:
-        check_occupied(self.path, overwrite=self.overwrite)
+        self.check()
         self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / MARKER, {"kind": self.kind})
+            self._lock = _lock(self.path)
+            self._claim()
         except OSError as error:
-            self._remove_created()
+            self._give_up()
             raise RefusedError(f"{self.path} cannot be written: {error.strerror}.", "Choose another --output_dir.") from None
-        clear(self.path)
+        except BaseException:
+            if self._lock >= 0:
+                self._give_up()
+            raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            clear(self.path)
-        else:
-            sync_directory(self.path)
-        (self.path / MARKER).unlink()
-        if error is not None:
-            self._remove_created()
+    def _claim(self) -> None:
+        """Mark the directory, now that no other process can; what an earlier run left stays only if it can be continued."""
+        self._check_content()
+        self.resuming = bool(self._marker["fingerprint"]) and read_marker(self.path) == self._marker
+        if not self.resuming:
+            shutil.rmtree(self.path / JOURNAL, ignore_errors=True)  # before the marker, which would otherwise vouch for it
+            write_json(self.path / MARKER, self._marker)
+            self.start_over()
 
-    def _remove_created(self) -> None:
+    def start_over(self) -> None:
+        """Delete what an earlier run has left: nothing of it can be continued."""
+        clear(self.path)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._unmark()
+            elif not self.keep or isinstance(error, (CheckpointError, UsageError)):
+                with suppress(ArcticTrtError, OSError):  # the error under way says more
+                    clear(self.path)
+                    self._unmark(durably=False)
+        finally:
+            if error is None:
+                os.close(self._lock)
+            else:
+                self._give_up()
+
+    def settle(self) -> None:
+        """Unmark a directory that an earlier run completed, but had no time to unmark."""
+        if read_marker(self.path) is None:
+            return
+        self._lock = _lock(self.path)
+        try:
+            self._unmark()
+        finally:
+            os.close(self._lock)
+
+    def _unmark(self, *, durably: bool = True) -> None:
+        shutil.rmtree(self.path / JOURNAL, ignore_errors=True)
+        with named_errors(self.path):
+            if durably:
+                sync_directory(self.path)
+            (self.path / MARKER).unlink()
+
+    def _give_up(self) -> None:
+        """Unlock; remove the directories that this job made, unless something is in them."""
+        if self._lock >= 0:
+            os.close(self._lock)
         with suppress(OSError):
             (self.path / (MARKER + PARTIAL)).unlink(missing_ok=True)
             for path in self._created:
@@ -68,24 +138,67 @@ class OutputDir:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``name``, a path relative to the directory, atomically."""
-        with self._named_errors(name):
+        with named_errors(self.path / name):
             (self.path / name).parent.mkdir(exist_ok=True)
             write_json(self.path / name, value)
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a small file into the directory, atomically."""
         data = source.read_bytes()
-        with self._named_errors(name):
+        with named_errors(self.path / name):
             write_bytes(self.path / name, data)
 
-    @contextmanager
-    def _named_errors(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ArcticTrtError(
-                f"{self.path / name} cannot be written: {error.strerror}.", "Make room and run the same command again."
-            ) from None
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one sentence that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise ArcticTrtError(
+            f"{path} cannot be written: {error.strerror}.", "Make room and run the same command again."
+        ) from None
+
+
+def read_marker(path: Path) -> dict[str, Any] | None:
+    """The marker of unfinished work in ``path``, if there is one."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}  # written by something else than write_json; nothing in it can be trusted
+    return marker if isinstance(marker, dict) else {}
+
+
+def _lock(path: Path) -> int:
+    """Lock the directory for as long as the returned descriptor is open, which no crash outlives.
+
+    The directory, not the marker: whoever comes second must find the lock before there is a marker, and before replacing it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RefusedError(f"Another process is writing {path}.", "Wait for it, or choose another --output_dir.") from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no other process writes there.", path, error.strerror)
+    return descriptor
+
+
+def _mismatch(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> RefusedError:
+    then, now = found["fingerprint"], wanted["fingerprint"]
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)] or ["kind"]
+    shown = ", ".join(f"{key} ({then[key]} then, {now[key]} now)" if _is_short(then, now, key) else key for key in changed)
+    return RefusedError(
+        f"{path} holds unfinished work that differs in {shown}.",
+        "Repeat the command that began it to resume, or pass --overwrite to start over.",
+    )
+
+
+def _is_short(then: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    return key in then and key in now and max(len(str(then[key])), len(str(now[key]))) < 40
 
 
 def entries(path: Path) -> list[str]:
@@ -129,12 +242,15 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 def clear(path: Path) -> None:
-    """Delete what :func:`is_own` names, except the marker."""
-    for name in entries(path):
+    """Delete what :func:`is_own` names, except the marker; first the file that makes a directory count as complete."""
+    for name in sorted(entries(path), key=lambda name: name != "config.json"):
         if name != MARKER and is_own(name):
             (path / name).unlink()
-    with suppress(OSError):
-        (path / "report").rmdir()  # unless somebody else's files are in it
+        if name == "config.json":
+            sync_directory(path)
+    for directory in ("report", JOURNAL):
+        with suppress(OSError):
+            (path / directory).rmdir()  # unless somebody else's files are in it
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,8 +6,12 @@ reads into buffers of our own keep the resident size at what is really in use.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +19,13 @@ import torch
 from torch import Tensor
 
 from arctic_trt.checkpoint.header import StoredTensor, read_header
-from arctic_trt.checkpoint.layout import FileLayout
+from arctic_trt.checkpoint.layout import FileLayout, TensorSpec
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 
 TORCH_DTYPE = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
 CHUNK_BYTES = 16 << 20
+PARTIAL = ".partial"
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -35,43 +41,71 @@ class TensorFile:
         self.tensors: Mapping[str, StoredTensor] = read_header(path)
         self._fd = os.open(path, os.O_RDONLY)
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor in memory of its own; raises :class:`CheckpointError` if the file has shrunk meanwhile."""
-        return self.read_rows(name, 0, None)
+    def read(self, name: str, memory: Tensor | None = None) -> Tensor:
+        """The whole tensor, in ``memory`` (uint8, large enough) if given, else in memory of its own.
+
+        Raises :class:`CheckpointError` if the file has shrunk meanwhile.
+        """
+        return self._read(self.tensors[name], 0, self.tensors[name].spec.shape, memory)
 
     def read_rows(self, name: str, begin: int, end: int | None) -> Tensor:
         """Entries ``begin`` to ``end`` (None: all that follow) of the first axis, without reading the others."""
         stored = self.tensors[name]
-        rows = range(stored.spec.shape[0])[begin:end]
-        tensor = torch.empty((len(rows), *stored.spec.shape[1:]), dtype=TORCH_DTYPE[stored.spec.dtype])
+        count, *rest = stored.spec.shape
+        rows = range(count)[begin:end]
+        return self._read(stored, begin * (stored.spec.num_bytes // count), (len(rows), *rest), None)
+
+    def _read(self, stored: StoredTensor, offset: int, shape: tuple[int, ...], memory: Tensor | None) -> Tensor:
+        spec = TensorSpec(stored.spec.name, stored.spec.dtype, shape)
+        if memory is None:
+            memory = torch.empty(spec.num_bytes, dtype=torch.uint8)
+        tensor = memory[: spec.num_bytes].view(TORCH_DTYPE[spec.dtype]).view(shape)
         view, done = bytes_of(tensor), 0
-        offset = stored.offset + begin * (stored.spec.num_bytes // stored.spec.shape[0])
         while done < len(view):
-            count = os.preadv(self._fd, [view[done : done + CHUNK_BYTES]], offset + done)
+            count = os.preadv(self._fd, [view[done : done + CHUNK_BYTES]], stored.offset + offset + done)
             if count == 0:
-                raise CheckpointError(f"{self.path} ended inside {name} while it was read.", "Is another process writing to it?")
+                raise CheckpointError(
+                    f"{self.path} ended inside {spec.name} while it was read.", "Is another process writing to it?"
+                )
             done += count
         return tensor
+
+    def expect(self, name: str) -> None:
+        """Tell the kernel that ``name`` will be read soon, so that the disk starts now."""
+        stored = self.tensors[name]
+        os.posix_fadvise(self._fd, stored.offset, stored.spec.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self._fd)
 
 
 class TensorFileWriter:
-    """A safetensors file of known layout under a temporary name, written in any order, visible only once complete."""
+    """A safetensors file of known layout under a temporary name, written in any order, visible only once complete.
 
-    def __init__(self, path: Path, layout: FileLayout) -> None:
+    With ``resume`` an existing partial file is continued; :meth:`assume` then says which tensors it already holds. Writes may
+    come from several threads, and from several processes that share the file, as long as no two write the same part.
+    """
+
+    def __init__(self, path: Path, layout: FileLayout, *, resume: bool = False) -> None:
         self.path = path
         self.layout = layout
         self.bytes_written = 0
-        self._left = {name: spec.num_bytes for name, spec in layout.specs.items()}
-        self._partial = path.with_name(path.name + ".partial")
+        self.written: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._fd = -1
         with self._named_errors():
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            if resume and path.exists() and not self._partial.exists():
+                os.replace(path, self._partial)  # an earlier run had come as far as naming its files
+            self._fd = os.open(self._partial, os.O_RDWR | (0 if resume else os.O_CREAT | os.O_TRUNC), 0o644)
+        if not resume:
+            self._begin()
+
+    def _begin(self) -> None:
         try:
             with self._named_errors():
-                os.ftruncate(self._fd, layout.total_bytes)
-            self._pwrite(memoryview(layout.header), 0)
+                reserve(self._fd, self.layout.total_bytes)
+            self._pwrite(memoryview(self.layout.header), 0)
         except BaseException:
             self.abandon()
             raise
@@ -83,27 +117,43 @@ class TensorFileWriter:
         if TORCH_DTYPE[spec.dtype] != part.dtype or len(view) * (index + 1) > spec.num_bytes:
             raise ValueError(f"{name}: part {index} is {part.dtype} {tuple(part.shape)}, the file expects {spec}")
         self._pwrite(view, self.layout.offsets[name] + index * len(view))
-        self._left[name] -= len(view)
+        with self._lock:
+            self.written[name] += len(view)
 
-    def finish(self) -> None:
-        """Make the bytes durable and give the file its name; raises ``RuntimeError`` if any tensor is incomplete."""
-        unwritten = [name for name, left in self._left.items() if left]
-        if unwritten:
-            raise RuntimeError(f"{self.path}: {len(unwritten)} tensors are not complete, e.g. {unwritten[0]}")
+    def assume(self, name: str) -> None:
+        """Count ``name`` as complete: an earlier run or another process wrote it."""
+        self.written[name] = self.layout.specs[name].num_bytes
+
+    def sync(self) -> None:
+        """Make what has been written so far durable."""
+        with self._named_errors():
+            os.fdatasync(self._fd)
+
+    def finish(self, written: Iterable[Mapping[str, int]] = ()) -> None:
+        """Make the bytes durable and give the file its name; raises ``RuntimeError`` if any tensor is incomplete.
+
+        Where several processes wrote parts, ``written`` are all their counts; without it this one's count.
+        """
+        counts = list(written) or [self.written]
+        for name, spec in self.layout.specs.items():
+            total = sum(part.get(name, 0) for part in counts)
+            if total < spec.num_bytes:
+                raise RuntimeError(f"{self.path}: {name} has {total} of {spec.num_bytes} bytes")
         with self._named_errors():
             os.fsync(self._fd)
             os.replace(self._partial, self.path)
-        self._close()
+        self.close()
 
-    def abandon(self) -> None:
-        """Give up, also after :meth:`finish` has failed."""
-        self._close()
-        self._partial.unlink(missing_ok=True)
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Leave the partial file as it is, to be continued or removed."""
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Give up, also after :meth:`finish` has failed."""
+        self.close()
+        self._partial.unlink(missing_ok=True)
 
     def _pwrite(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -111,7 +161,8 @@ class TensorFileWriter:
             while done < len(view):
                 count = os.pwrite(self._fd, view[done : done + CHUNK_BYTES], offset + done)
                 done += count
-                self.bytes_written += count
+                with self._lock:
+                    self.bytes_written += count
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -123,6 +174,16 @@ class TensorFileWriter:
                 f"{self.path} cannot be written: {error.strerror} after {self.bytes_written} of {self.layout.total_bytes} bytes.",
                 "Make room and run the same command again.",
             ) from None
+
+
+def reserve(fd: int, num_bytes: int) -> None:
+    """Give a new file its size and, where the file system can, its blocks: a disk too small then shows before any work."""
+    if _libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(num_bytes)) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
+    os.ftruncate(fd, num_bytes)
 
 
 def describe(shape: tuple[int, ...]) -> str:

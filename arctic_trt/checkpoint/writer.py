@@ -6,31 +6,31 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arctic_trt.checkpoint.layout import FileLayout, plan_layout
+from arctic_trt.checkpoint.contract import QuantFormat, plan_files, rank_file
 from arctic_trt.checkpoint.shard import shard_expert_fc, shard_expert_proj, shard_plain, shard_qkv
 from arctic_trt.checkpoint.tensors import TensorFileWriter
-from arctic_trt.checkpoint.trtllm import QuantFormat, plan_rank, rank_file
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import AttentionWeights, MlpWeights
 from arctic_trt.model.mapping import Mapping, Rank
-from arctic_trt.model.names import Kind, Row, trt_layer
-
-
-def plan_files(config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> list[FileLayout]:
-    """The layout of every rank's file, in rank order."""
-    return [plan_layout(plan_rank(config, rank, quant), {"format": "pt"}) for rank in mapping.ranks()]
+from arctic_trt.model.names import EMBEDDING, Kind, Row, trt_layer
 
 
 class RankFiles:
-    """The rank files of one checkpoint, open for writing; a tensor goes to each rank that holds a part of it."""
+    """The rank files of one checkpoint, open for writing; a tensor goes to each rank that holds a part of it.
 
-    def __init__(self, output_dir: Path, config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> None:
+    With ``resume`` the partial files of an earlier or another process are continued.
+    """
+
+    def __init__(
+        self, output_dir: Path, config: ArcticConfig, mapping: Mapping, quant: QuantFormat, *, resume: bool = False
+    ) -> None:
         self.config = config
         self.mapping = mapping
         self._ranks = mapping.ranks()
         layouts = plan_files(config, mapping, quant)
         self._files = [
-            TensorFileWriter(output_dir / rank_file(r.index), layout) for r, layout in zip(self._ranks, layouts, strict=True)
+            TensorFileWriter(output_dir / rank_file(rank.index), layout, resume=resume)
+            for rank, layout in zip(self._ranks, layouts, strict=True)
         ]
 
     @property
@@ -70,13 +70,35 @@ class RankFiles:
             mine = rank.experts(self.config.num_local_experts)
             self._files[rank.index].write(name, scale.float() if len(scale) == 1 else scale[mine.start : mine.stop].float())
 
-    def finish(self) -> None:
-        for file in self._files:
-            file.finish()
+    def assume_layers(self, count: int) -> None:
+        """Take the embedding and the first ``count`` layers as written by an earlier run."""
+        for rank, file in zip(self._ranks, self._files, strict=True):
+            mine = rank.layers(self.config.num_hidden_layers)
+            done = [trt_layer(layer - mine.start, "") for layer in mine if layer < count]
+            for name in file.layout.specs:
+                if name == EMBEDDING.trt or name.startswith(tuple(done)):
+                    file.assume(name)
 
-    def abandon(self) -> None:
+    def sync(self, layer: int | None = None) -> None:
+        """Make durable what has been written, to all files or to those that hold ``layer``."""
+        stage = None if layer is None else self.mapping.stage_of(layer, self.config.num_hidden_layers)
+        for rank, file in zip(self._ranks, self._files, strict=True):
+            if stage in (None, rank.pp_rank):
+                file.sync()
+
+    def written(self) -> list[dict[str, int]]:
+        """Bytes of every tensor that this process has written or assumed, file by file."""
+        return [dict(file.written) for file in self._files]
+
+    def finish(self, written: list[list[dict[str, int]]]) -> None:
+        """Give the files their names; ``written`` are :meth:`written` of all processes that took part."""
+        for index, file in enumerate(self._files):
+            file.finish([parts[index] for parts in written])
+
+    def close(self) -> None:
+        """Leave partial files as they are."""
         for file in self._files:
-            file.abandon()
+            file.close()
 
     def _holders(self, layer: int, suffix: str) -> list[tuple[Rank, str]]:
         stage = self.mapping.stage_of(layer, self.config.num_hidden_layers)

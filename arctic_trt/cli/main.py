@@ -12,11 +12,12 @@ import click
 
 from arctic_trt import __version__
 from arctic_trt.errors import ArcticTrtError
-from arctic_trt.runtime.launch import end_job, wait_for_leader
+from arctic_trt.launch import end_job, wait_for_leader
 
 COMMANDS = {
     "quantize": "Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.",
     "build": "Build an engine directory from a TensorRT-LLM checkpoint.",
+    "plan": "Forecast sizes, memory, disk, time and GPUs, from config.json alone.",
     "run": "Generate text with an engine, alone or under mpirun.",
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from arctic_trt.launch import Launch, find_launch, tie_to_launcher
 from arctic_trt.output import Output
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -54,6 +56,16 @@ def output_options(command: Command) -> Command:
     ):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
+
+
+def join_job(output: Output) -> Launch | None:
+    """How this process was started; in an MPI job it is tied to the launcher, and only the first rank speaks."""
+    tie_to_launcher()
+    launch = find_launch(os.environ)
+    output.plain = launch is not None
+    if launch and launch.rank:
+        output.mute()
+    return launch
 
 
 def config_option(command: Command) -> Command:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, config_option, output_options
+from arctic_trt.cli.options import DIRECTORY, config_option, join_job, output_options
+from arctic_trt.cli.progress import LayerProgress
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
-    from arctic_trt.quantize.pipeline import Progress, QuantizePlan
+    from arctic_trt.quantize.pipeline import QuantizePlan
 
 EPILOG = """\b
 Example, the official recipe's first step:
@@ -36,25 +38,53 @@ Calibration data is a .jsonl file: {"text": ...}, {"messages": [...]} or {"input
 @click.option("--calib_max_seq_length", type=int, help="Cut samples at N tokens.  [default: 512]")
 @click.option("--batch_size", type=int, help="Samples of equal length a forward pass.  [default: 1]")
 @click.option("--seed", type=int, help="Recorded in the report; nothing here is random.  [default: 1234]")
+@click.option(
+    "--calibrator",
+    type=click.Choice(["streaming", "modelopt"]),
+    help="modelopt: NVIDIA's own, which holds the whole model in memory (extra [modelopt]).  [default: streaming]",
+)
+@click.option("--calib_algorithm", help="Of the modelopt calibrator: max, mse, ...  [default: max]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to calibrate and cast.  [default: cpu]")
+@click.option("--workers", type=int, help="Processes on this machine that share the work, under mpirun.  [default: 1]")
+@click.option("--memory_budget", metavar="SIZE", help="Most memory to take, like 8GiB.  [default: 70% of what is free]")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace a checkpoint that is already in --output_dir.")
 @click.option("--dry_run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @config_option
 @output_options
 def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) -> None:
-    """Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint, layer by layer in one pass."""
+    """Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint, layer by layer in one pass.
+
+    Started under mpirun or srun, or with --workers, several processes share the work; the result is the same bytes.
+    """
+    launch = join_job(output)
     from arctic_trt.recipes import QuantizeRecipe, resolve
 
     recipe = resolve(QuantizeRecipe, flags, config)
-    from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
+    from arctic_trt.quantize.mpi import join_team, start_workers
+    from arctic_trt.quantize.pipeline import check_output, finished_report, plan_quantization, run_quantization, settle_output
 
-    plan = plan_quantization(recipe)
+    if recipe.workers > 1 and launch is None and not dry_run:
+        start_workers(recipe.workers, sys.argv[1:])
+    plan = plan_quantization(recipe, (launch.local_size or launch.world_size or 1) if launch else 1)
     _announce(plan, output)
+    team = join_team(launch, plan.source.config.num_experts_per_tok)
+    report = finished_report(plan) if team.rank == 0 else None
+    if team.rank == 0 and not report:
+        check_output(plan)
     if dry_run:
         output.result({**_forecast(plan), "recipe": recipe.model_dump(mode="json")})
         output.table("Would write", [(key, str(value)) for key, value in _forecast(plan).items()])
         return
-    report = run_quantization(plan, lambda progress: output.note(layer_line(progress)))
-    _summarize(report, output)
+    if report:
+        settle_output(plan)
+    report = team.broadcast(report)
+    if report:
+        output.note(f"{recipe.output_dir} already holds exactly this checkpoint; nothing to do (--overwrite makes it again).")
+    else:
+        with LayerProgress(output, plan.source.config.num_local_experts) as progress:
+            report = run_quantization(plan, progress.layer_done, team, progress.begin)
+    if team.rank == 0:
+        _summarize(report, output)
 
 
 def _announce(plan: QuantizePlan, output: Output) -> None:
@@ -81,20 +111,6 @@ def _forecast(plan: QuantizePlan) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "rank_bytes": [layout.total_bytes for layout in plan.layouts],
     }
-
-
-def layer_line(progress: Progress) -> str:
-    """One plain line for a finished layer, with what a person watching a long job wants to know."""
-    summary, tokens = progress.summary, progress.summary.tokens_per_expert
-    layer = f"layer {summary.layer + 1}/{progress.num_layers}"
-    rate = progress.bytes_read / progress.seconds
-    left = progress.seconds / (summary.layer + 1) * (progress.num_layers - summary.layer - 1)
-    seen = len(tokens) - len(summary.experts_without_tokens)
-    experts = f"  experts {seen}/{len(tokens)} (min {min(tokens)} tok)" if tokens else ""
-    return (
-        f"{layer}  read {gigabytes(progress.bytes_read)} at {gigabytes(rate)}/s  "
-        f"written {gigabytes(progress.bytes_written)}{experts}  rss {gigabytes(progress.rss_bytes)}  eta {duration(left)}"
-    )
 
 
 def _summarize(report: dict[str, Any], output: Output) -> None:

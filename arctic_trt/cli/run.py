@@ -42,7 +42,7 @@ An engine of one rank runs without mpirun. Without --temperature, --top_k and --
 @output_options
 def command(output: Output, streaming: bool, **flags: Any) -> None:
     """Generate text with an engine: alone for an engine of one rank, under mpirun -n N for one of N."""
-    from arctic_trt.runtime.launch import is_leader, tie_to_launcher
+    from arctic_trt.launch import is_leader, tie_to_launcher
 
     tie_to_launcher()
     if not is_leader():

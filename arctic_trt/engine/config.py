@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arctic_trt import __version__
-from arctic_trt.checkpoint.trtllm import QuantFormat, parse_pretrained_config, read_json
+from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, read_json
 from arctic_trt.errors import UsageError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping

@@ -14,7 +14,8 @@ The MoE of a released Arctic reads the *layer's input*, not the post-attention s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from torch import Tensor
 from arctic_trt.model.config import ArcticConfig
 
 Observe = Callable[[str, Tensor], None]
+
+Weights = TypeVar("Weights", "AttentionWeights", "MlpWeights", "DenseWeights")
 
 QKV = "attention.qkv"
 DENSE = "attention.dense"
@@ -67,6 +70,15 @@ class DenseWeights:
     attention: AttentionWeights
     residual_mlp: MlpWeights
     gate: Tensor
+
+
+def on_device(weights: Weights, device: str) -> Weights:
+    """The same weights in the memory of ``device``; nothing is copied that is there already."""
+    moved: dict[str, Any] = {}
+    for name in (item.name for item in fields(weights)):
+        value = getattr(weights, name)
+        moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else on_device(value, device)
+    return type(weights)(**moved)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,41 @@
 """Max calibration, one layer at a time: hidden states of all samples flow through, the largest magnitude at each site stays.
 
-The forward pass is the original bf16 model's, unquantized, in the batches that were asked for: which matrix kernel runs
-depends on the shape, and with it the last bit of an activation.
+The forward pass is the original bf16 model's, unquantized. Attention and the dense path run in the batches that were asked
+for; an expert's tokens are gathered from all batches into one matrix product, which is what makes a pass over 128 experts
+cheap. Where the machine's matrix kernels sum in another order for another number of rows, that moves the last bit of an
+activation; nothing else does: the result depends neither on threads nor on memory nor on the number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from arctic_trt.errors import ArcticTrtError
+from arctic_trt.errors import CheckpointError
 from arctic_trt.model.config import ArcticConfig
-from arctic_trt.model.layer import DenseWeights, MlpWeights, Routing, add_expert, dense_path, moe_input, route
+from arctic_trt.model.layer import (
+    EXPERT_FC,
+    EXPERT_PROJ,
+    DenseWeights,
+    MlpWeights,
+    Routing,
+    dense_path,
+    gated_mlp,
+    moe_input,
+    route,
+)
 from arctic_trt.quantize.fp8 import amax
+from arctic_trt.quantize.memory import EXPERT_ROWS
+from arctic_trt.quantize.rows import Rows
+from arctic_trt.quantize.stream import Unit, WorkPool
+from arctic_trt.quantize.team import Team
+
+ROW_STEP = 128
 
 
 @dataclass(slots=True)
@@ -26,62 +46,155 @@ class SiteAmax:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def observe(self, site: str, x: Tensor) -> None:
-        """Widen ``site`` by ``x``; raises :class:`ArcticTrtError` when ``x`` is not finite."""
-        value = amax(x)
+        """Widen ``site`` by ``x``; raises :class:`CheckpointError` when ``x`` is not finite."""
+        value = amax(x).cpu()
         if not torch.isfinite(value):
-            raise ArcticTrtError(
+            raise CheckpointError(
                 f"The activations at {site} of layer {self.layer} contain NaN or infinity.",
                 "Check the checkpoint's weights and the calibration data.",
             )
+        self._widen(site, value)
+
+    def merge(self, other: SiteAmax) -> None:
+        """Widen by everything that ``other`` has seen."""
+        for site, value in other.values.items():
+            self._widen(site, value)
+
+    def _widen(self, site: str, value: Tensor) -> None:
         seen = self.values.get(site)
         self.values[site] = value if seen is None else torch.maximum(seen, value)
 
 
-@dataclass(slots=True)
-class _Batch:
-    """What one batch keeps while a layer's experts pass by."""
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one expert adds to some tokens: y_TD in bf16, weighted, for ascending indices ``token``."""
 
-    moe_x_TD: Tensor
-    routing: Routing
-    moe_y_TD: Tensor
-    dense_BTD: Tensor
+    token: Tensor
+    y_TD: Tensor
+    amax: SiteAmax
 
 
 class Calibration:
     """The calibration tokens on their way through the model.
 
-    Per layer: :meth:`enter` with the dense weights, :meth:`visit` with each expert in ascending order, :meth:`leave`.
-    Between layers only the hidden states remain, tokens * hidden * 2 bytes.
+    Per layer: :meth:`enter` with the dense weights, :meth:`visits` and :meth:`add` for each expert, :meth:`leave`. Three matrices
+    [tokens, hidden] in bf16 are kept meanwhile, made by ``new_rows``; between layers only one of them has content. Weights are
+    given on ``device``; rows stay in host memory and visit it in parts.
     """
 
-    def __init__(self, batches: Sequence[Tensor], embedding_VD: Tensor, config: ArcticConfig) -> None:
+    def __init__(
+        self, batches: Sequence[Tensor], config: ArcticConfig, new_rows: Callable[[int], Rows], team: Team, device: str = "cpu"
+    ) -> None:
         self.config = config
-        self.hidden: list[Tensor] = [embedding_VD[ids] for ids in batches]
+        self.device = device
         self.num_tokens = sum(ids.numel() for ids in batches)
+        self.hidden = new_rows(self.num_tokens)
+        self._batches = batches
+        self._team = team
+        self._moe_x = new_rows(self.num_tokens)
+        self._moe_y = new_rows(self.num_tokens)
+        self._routing = Routing(torch.empty(0, 0), torch.empty(0, 0))
         self._amax = SiteAmax(-1)
-        self._in_flight: list[_Batch] = []
 
     @torch.inference_mode()
-    def enter(self, layer: int, dense: DenseWeights) -> None:
-        """Run attention, residual MLP and router of ``layer`` over all batches."""
+    def embed(self, embedding_VD: Tensor) -> None:
+        """Begin: look up every token."""
+        for begin, ids in self._spans(range(len(self._batches))):
+            self.hidden.write(begin, embedding_VD[ids.flatten()])
+
+    @torch.inference_mode()
+    def enter(self, layer: int, unit: Unit[DenseWeights], pool: WorkPool) -> None:
+        """Run attention, residual MLP and router of ``layer`` over all batches, this process over its share of them."""
         self._amax = SiteAmax(layer)
-        for x_BTD in self.hidden:
-            moe_x_TD = moe_input(x_BTD, dense, self.config)
-            routing = route(moe_x_TD, dense.gate, self.config.num_experts_per_tok)
-            dense_BTD = dense_path(x_BTD, dense, self.config, self._amax.observe)
-            self._in_flight.append(_Batch(moe_x_TD, routing, torch.zeros_like(moe_x_TD), dense_BTD))
+        top_k = self.config.num_experts_per_tok
+        chosen_TK = torch.zeros(self.num_tokens, top_k, dtype=torch.int64)
+        share_TK = torch.zeros(self.num_tokens, top_k)
+        spans = self._spans(self._team.share(len(self._batches)))
+        works = (unit.releasing(partial(self._dense, layer, unit.weights, begin, ids)) for begin, ids in spans)
+        for (begin, ids), (routing, site_amax) in zip(spans, pool.each(works), strict=True):
+            rows = slice(begin, begin + ids.numel())
+            chosen_TK[rows], share_TK[rows] = routing.chosen_TK, routing.share_TK
+            self._amax.merge(site_amax)
+        self._team.exchange(self._moe_x, self._row_ranges())
+        self._routing = Routing(self._team.sum(chosen_TK), self._team.sum(share_TK))
+        self._moe_y.clear()
+
+    def tokens_of(self, expert: int) -> int:
+        """How many calibration tokens the router sends to ``expert``."""
+        return len(self._routing.tokens_of(expert)[0])
+
+    def visits(self, expert: int, unit: Unit[MlpWeights]) -> list[Callable[[], Contribution]]:
+        """The work of passing the tokens routed to ``expert`` through it, in parts that any thread may run.
+
+        The results are :meth:`add`-ed in ascending order of the experts, the order of the additions in the original code.
+        """
+        token, slot = self._routing.tokens_of(expert)
+        share_T = self._routing.share_TK[token, slot]
+        works = []
+        for begin in range(0, len(token), EXPERT_ROWS):
+            part = slice(begin, begin + EXPERT_ROWS)
+            visit = partial(self._visit, self._amax.layer, unit.weights, token[part], share_T[part])
+            works.append(unit.releasing(visit))
+        return works
 
     @torch.inference_mode()
-    def visit(self, expert: int, weights: MlpWeights) -> int:
-        """Add one expert's output for the tokens routed to it; returns how many there were."""
-        return sum(
-            add_expert(batch.moe_y_TD, batch.moe_x_TD, batch.routing, expert, weights, self._amax.observe)
-            for batch in self._in_flight
-        )
+    def add(self, contribution: Contribution) -> None:
+        """Take in what an expert adds."""
+        self._moe_y.add(contribution.token, contribution.y_TD)
+        self._amax.merge(contribution.amax)
+
+    @torch.inference_mode()
+    def _dense(self, layer: int, dense: DenseWeights, begin: int, ids: Tensor) -> tuple[Routing, SiteAmax]:
+        """One batch through everything but the experts; its rows move on to the post-attention, post-MLP sum."""
+        site_amax = SiteAmax(layer)
+        x_BTD = self.hidden.read(begin, begin + ids.numel()).view(*ids.shape, -1).to(self.device)
+        moe_x_TD = moe_input(x_BTD, dense, self.config)
+        self._moe_x.write(begin, moe_x_TD.cpu())
+        self.hidden.write(begin, dense_path(x_BTD, dense, self.config, site_amax.observe).flatten(0, 1).cpu())
+        routing = route(moe_x_TD, dense.gate, self.config.num_experts_per_tok)
+        return Routing(routing.chosen_TK.cpu(), routing.share_TK.cpu()), site_amax
+
+    @torch.inference_mode()
+    def _visit(self, layer: int, weights: MlpWeights, token: Tensor, share_T: Tensor) -> Contribution:
+        site_amax = SiteAmax(layer)
+        x_TD = F.pad(self._moe_x.gather(token).to(self.device), (0, 0, 0, padded_rows(len(token)) - len(token)))
+        y_TD = gated_mlp(x_TD, weights, site_amax.observe, EXPERT_FC, EXPERT_PROJ)[: len(token)].cpu()
+        return Contribution(token, (y_TD * share_T[:, None]).to(y_TD.dtype), site_amax)
 
     @torch.inference_mode()
     def leave(self) -> dict[str, Tensor]:
         """Advance the hidden states to the next layer and return the amax of every site of this one."""
-        self.hidden = [batch.dense_BTD + batch.moe_y_TD.view_as(batch.dense_BTD) for batch in self._in_flight]
-        self._in_flight = []
-        return self._amax.values
+        self._team.add_up(self._moe_y, self.num_tokens)
+        for begin, ids in self._spans(self._team.share(len(self._batches))):
+            end = begin + ids.numel()
+            self.hidden.write(begin, self.hidden.read(begin, end) + self._moe_y.read(begin, end))
+        self._team.exchange(self.hidden, self._row_ranges())
+        return self._team.maximum(self._amax.values)
+
+    def close(self) -> None:
+        for rows in (self.hidden, self._moe_x, self._moe_y):
+            rows.close()
+
+    def _spans(self, mine: range) -> list[tuple[int, Tensor]]:
+        """(first row, ids) of the given batches."""
+        begins = [0]
+        for ids in self._batches:
+            begins.append(begins[-1] + ids.numel())
+        return [(begins[index], self._batches[index]) for index in mine]
+
+    def _row_ranges(self) -> list[tuple[int, int]]:
+        """Which rows each process of the team has computed."""
+        ranges = []
+        for member in range(self._team.size):
+            spans = self._spans(self._team.share(len(self._batches), member))
+            ranges.append((spans[0][0], spans[-1][0] + spans[-1][1].numel()) if spans else (0, 0))
+        return ranges
+
+
+def padded_rows(count: int) -> int:
+    """``count`` rounded up to one of few sizes; rows of zeros change neither the others nor any maximum.
+
+    Matrix libraries prepare, and keep, a kernel for every shape they meet: hundreds of megabytes when each expert has its own.
+    """
+    step = ROW_STEP if count > ROW_STEP else max(8, 1 << (count - 1).bit_length())
+    return -(-count // step) * step

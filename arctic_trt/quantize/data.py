@@ -1,8 +1,9 @@
-"""Calibration samples: token ids from a jsonl file, in file order, cut and grouped, never padded."""
+"""Calibration samples: token ids from a file or a named data set, in its order, cut and grouped, never padded."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,26 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arctic_trt.errors import UsageError
+from arctic_trt.checkpoint.output_dir import write_bytes
+from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.tokenizer import Tokenizer
 
 BUILT_IN = {"default": "default.jsonl", "heldout": "heldout.jsonl"}
+NAMED = {
+    "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "article"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
+}
+NAMED_SAMPLES = 2048
 FORMS = '{"text": "..."}, {"messages": [{"role": ..., "content": ...}]} or {"input_ids": [...]}'
 
 
 def find_dataset(name: str) -> Path:
-    """The file that ``--calib_dataset`` means: a path, or the name of a set that comes with the package."""
+    """The file that ``--calib_dataset`` means: a path, a set that comes with the package, or a named set, downloaded.
+
+    Raises :class:`UsageError` for a name that is neither, and :class:`RefusedError` when a named set cannot be had here.
+    """
     if name in BUILT_IN:
         packaged = Path(str(resources.files("arctic_trt"))) / "data" / "calib" / BUILT_IN[name]
         checkout = Path(__file__).resolve().parents[2] / "calib" / BUILT_IN[name]
         return packaged if packaged.exists() else checkout
     path = Path(name)
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if name not in NAMED:
         raise UsageError(
-            f"--calib_dataset {name} is neither a file nor one of {', '.join(BUILT_IN)}.",
-            "Give a .jsonl file with one sample a line.",
+            f"--calib_dataset {name} is neither a file nor one of {', '.join([*BUILT_IN, *NAMED])}.",
+            "Give a .jsonl file with one sample a line, or a .txt file with one text a line.",
         )
-    return path
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """A named set's training split as a jsonl file in the user's cache."""
+    hub_name, configuration, column = NAMED[name]
+    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "arctic-trt" / f"{name}.jsonl"
+    if cached.is_file():
+        return cached
+    instead = "Give a .jsonl file of your own, or --calib_dataset default."
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RefusedError(
+            f"--calib_dataset {name} needs the package datasets, which is not installed.",
+            f"pip install 'arctic-trt[datasets]'. {instead}",
+        ) from None
+    try:
+        rows = load_dataset(hub_name, configuration, split=f"train[:{NAMED_SAMPLES}]")
+        lines = "".join(json.dumps({"text": row[column]}) + "\n" for row in rows)
+    except Exception as error:  # the library raises whatever its network stack does
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"--calib_dataset {name} cannot be downloaded ({type(error).__name__}: {reason}).", instead) from None
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(cached, lines.encode())
+    return cached
 
 
 def read_samples(path: Path, *, limit: int, max_tokens: int, vocab_size: int, tokenizer_dir: Path) -> list[list[int]]:
@@ -45,14 +82,17 @@ def read_samples(path: Path, *, limit: int, max_tokens: int, vocab_size: int, to
         if len(samples) == limit:
             break
         where = f"{path} line {number}"
-        ids = _sample(_parse(line, where), where, tokenizer)[:max_tokens]
+        value = {"text": line.rstrip("\r\n")} if path.suffix == ".txt" else _parse(line, where)
+        ids = _sample(value, where, tokenizer)[:max_tokens]
         if not ids:
             raise UsageError(f"{where} has no tokens.", "Remove the line.")
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise UsageError(f"{where} has token ids outside 0..{vocab_size - 1}.", "Was it made with another tokenizer?")
         samples.append(ids)
     if not samples:
-        raise UsageError(f"{path} holds no samples.", f"Expected one JSON object a line: {FORMS}.")
+        raise UsageError(
+            f"{path} holds no samples.", f"Expected one JSON object a line: {FORMS}; or a .txt file with one text a line."
+        )
     return samples
 
 

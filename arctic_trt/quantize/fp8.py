@@ -31,10 +31,10 @@ def cast_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     Works in chunks that fit a core's cache; ``x`` is never held in float32 as a whole.
     """
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    source, target = x.reshape(-1), out.view(-1)
+    source, target, divisor = x.reshape(-1), out.view(-1), scale.reshape(1).to(x.device)
     for begin in range(0, source.numel(), CHUNK_ELEMENTS):
         part = slice(begin, begin + CHUNK_ELEMENTS)
-        target[part].copy_(source[part].float().div(scale).clamp_(-E4M3_MAX, E4M3_MAX))
+        target[part].copy_(source[part].float().div(divisor).clamp_(-E4M3_MAX, E4M3_MAX))
     return out
 
 

@@ -1,21 +1,31 @@
-"""One layer of the pass over a checkpoint: read, observe, scale, cast, shard."""
+"""One layer of the pass over a checkpoint: read, observe, scale, cast, shard.
+
+The main thread takes weights from the stream and hands them to a pool of threads: to let calibration tokens pass through them,
+to cast and to write them. A buffer returns to the reader when all of that is done.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arctic_trt.checkpoint.hf import HfCheckpoint
-from arctic_trt.checkpoint.trtllm import QuantFormat
+from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.checkpoint.writer import RankFiles
-from arctic_trt.model.layer import DenseWeights, MlpWeights
+from arctic_trt.errors import CheckpointError
+from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights, on_device
 from arctic_trt.model.names import LAYER, hf_layer, weight_scale
-from arctic_trt.quantize.calibrate import Calibration
-from arctic_trt.quantize.scales import quantize_attention, quantize_mlp, scale_activations, scale_kv_cache, weight_amax
+from arctic_trt.quantize.calibrate import Calibration, Contribution
+from arctic_trt.quantize.scales import GivenAmax, quantize_attention, quantize_mlp, scale_activations, scale_kv_cache, weight_amax
+from arctic_trt.quantize.stream import WeightStream, WorkPool
+from arctic_trt.quantize.team import Team
 
 ROWS = {row.trt.removesuffix(".weight"): row for row in LAYER}
+DENSE_SCALES = ("attention.qkv", "attention.dense", "residual_mlp.fc", "residual_mlp.gate", "residual_mlp.proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,91 +40,142 @@ class LayerSummary:
     def experts_without_tokens(self) -> list[int]:
         return [expert for expert, tokens in enumerate(self.tokens_per_expert) if tokens == 0]
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 class LayerPass:
-    """Carries layers from a Hugging Face checkpoint into rank files, one expert in memory at a time."""
+    """Carries layers from a Hugging Face checkpoint into rank files, a few experts in memory at a time."""
 
-    def __init__(self, source: HfCheckpoint, files: RankFiles, quant: QuantFormat, calibration: Calibration | None) -> None:
-        self.source = source
+    def __init__(
+        self,
+        files: RankFiles,
+        quant: QuantFormat,
+        calibration: Calibration | None,
+        stream: WeightStream,
+        pool: WorkPool,
+        team: Team,
+        at: Callable[[int, int], None],
+        given: GivenAmax | None = None,
+    ) -> None:
         self.files = files
         self.quant = quant
         self.calibration = calibration
+        self.stream = stream
+        self.pool = pool
+        self.team = team
+        self._at = at
+        self._given = given or GivenAmax([], {})
+        self._num_experts = files.config.num_local_experts
+        self._scales: dict[str, Tensor] = {}
+        self._expert_scales: dict[str, Tensor] = {}
 
     def run(self, layer: int) -> LayerSummary:
-        """Process ``layer`` from its first byte read to its last byte written."""
-        dense = self.source.dense(layer)
-        self._check_small(layer, dense)
-        scales = self._put_dense(layer, dense)  # first of all, so that a weight that is not finite is named, not its effects
-        if self.calibration:
-            self.calibration.enter(layer, dense)
-        tokens, expert_scales = self._stream_experts(layer)
-        if self.calibration:
-            observed = self.calibration.leave()
-            scales |= expert_scales | scale_activations(observed)
-            scales |= scale_kv_cache(observed, layer) if self.quant.kv_fp8 else {}
-            for suffix, scale in scales.items():
-                self.files.write_scale(layer, suffix, scale)
-        single = {suffix: scale.item() for suffix, scale in scales.items() if scale.numel() == 1}
+        """Process ``layer`` from its first byte read to its last byte handed to the operating system."""
+        self._scales = {}
+        self._expert_scales = {name: torch.zeros(self._num_experts, 1) for name in ("mlp.fc", "mlp.proj")}
+        try:
+            self._pass_dense(layer)
+            tokens = self._pass_experts(layer)
+        except CheckpointError:
+            self.pool.drain()  # a dense weight that is not finite is the cause, and is named instead
+            raise
+        observed = self.calibration.leave() if self.calibration else {}
+        if self._given.sites:
+            observed = self._given.sites[layer]
+        self.pool.drain()
+        if self.quant.fp8 or self.quant.kv_fp8:
+            self._write_scales(layer, observed)
+        single = {suffix: scale.item() for suffix, scale in self._scales.items() if scale.numel() == 1}
         return LayerSummary(layer, tuple(tokens), single)
 
-    def _stream_experts(self, layer: int) -> tuple[list[int], dict[str, Tensor]]:
-        tokens: list[int] = []
-        fc_scales: list[Tensor] = []
-        proj_scales: list[Tensor] = []
-        for expert in range(self.source.config.num_local_experts):
-            weights = self.source.expert(layer, expert)
-            prefix = hf_layer(layer, f"block_sparse_moe.experts.{expert}")
-            if self.calibration:
-                stored, fc_scale, proj_scale = quantize_mlp(weights, prefix)
-                tokens.append(self.calibration.visit(expert, weights))
-                fc_scales.append(fc_scale)
-                proj_scales.append(proj_scale)
-            else:
-                stored = weights
-                weight_amax({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w2", "w3")})
-            self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], stored)
-        scales = {"mlp.fc.weight": fc_scales, "mlp.proj.weight": proj_scales} if fc_scales else {}
-        return tokens, {weight_scale(name): torch.stack(values) for name, values in scales.items()}
+    def _pass_dense(self, layer: int) -> None:
+        unit = self.stream.dense(layer)
+        if self.team.rank == 0:
+            self.pool.later(unit.releasing(partial(self._put_dense, layer, unit.weights)))
+        if self.calibration:
+            self.calibration.enter(layer, unit, self.pool)
+        unit.release()
 
-    def _put_dense(self, layer: int, dense: DenseWeights) -> dict[str, Tensor]:
-        """Write everything but experts; returns the weight scales."""
-        scales: dict[str, Tensor] = {}
+    def _pass_experts(self, layer: int) -> list[int]:
+        tokens = torch.zeros(self._num_experts, dtype=torch.int64)
+        for contribution in self.pool.each(self._expert_works(layer, tokens)):
+            if self.calibration and contribution:
+                self.calibration.add(contribution)
+        return self.team.sum(tokens).tolist() if self.calibration else []
+
+    def _expert_works(self, layer: int, tokens: Tensor) -> Iterator[Callable[[], Contribution | None]]:
+        """For each expert of this process: cast and write it, and pass its tokens through it."""
+        for expert in self.team.share(self._num_experts):
+            self._at(layer, expert)
+            unit = self.stream.expert(layer, expert)
+            # first, so that a weight that is not finite is named, and not what it did to the activations
+            yield unit.releasing(partial(self._put_expert, layer, expert, unit.weights))
+            if self.calibration:
+                tokens[expert] = self.calibration.tokens_of(expert)
+                yield from self.calibration.visits(expert, unit)
+            unit.release()
+
+    def _put_dense(self, layer: int, dense: DenseWeights) -> None:
+        """Check and write everything but experts; keeps the weight scales."""
+        weight_amax(_small(layer, dense))
         attention, mlp = dense.attention, dense.residual_mlp
         if self.quant.fp8:
-            attention, qkv_scale, o_scale = quantize_attention(attention, hf_layer(layer, "self_attn"))
-            mlp, fc_scale, proj_scale = quantize_mlp(mlp, hf_layer(layer, "residual_mlp"))
-            by_name = {
-                "attention.qkv": qkv_scale,
-                "attention.dense": o_scale,
-                "residual_mlp.fc": fc_scale,
-                "residual_mlp.gate": fc_scale,
-                "residual_mlp.proj": proj_scale,
-            }
-            scales = {weight_scale(f"{name}.weight"): scale for name, scale in by_name.items()}
+            attention, qkv, o = quantize_attention(attention, hf_layer(layer, "self_attn"), self._given.weights)
+            mlp, fc, proj = quantize_mlp(mlp, hf_layer(layer, "residual_mlp"), self._given.weights)
+            attention, mlp = on_device(attention, "cpu"), on_device(mlp, "cpu")
+            scales = dict(zip(DENSE_SCALES, (qkv, o, fc, fc, proj), strict=True))
+            self._scales |= {weight_scale(f"{name}.weight"): scale for name, scale in scales.items()}
+        else:
+            weight_amax(_matrices(layer, dense))
         self.files.write_qkv(layer, ROWS["attention.qkv"], attention)
-        for name, tensor in self._plain(dense, attention.o, mlp).items():
-            self.files.write_plain(layer, ROWS[name], tensor)
-        return scales
+        for name, tensor in _plain(dense, attention, mlp).items():
+            self.files.write_plain(layer, ROWS[name], tensor.cpu())
 
-    @staticmethod
-    def _plain(dense: DenseWeights, o: Tensor, mlp: MlpWeights) -> dict[str, Tensor]:
-        return {
-            "attention.dense": o,
-            "residual_mlp.fc": mlp.w1,
-            "residual_mlp.gate": mlp.w3,
-            "residual_mlp.proj": mlp.w2,
-            "input_layernorm": dense.input_layernorm,
-            "post_layernorm": dense.post_attention_layernorm,
-            "residual_layernorm": dense.residual_layernorm,
-            "mlp.router": dense.gate,
-        }
+    def _put_expert(self, layer: int, expert: int, weights: MlpWeights) -> None:
+        """Cast and write one expert."""
+        prefix = hf_layer(layer, f"block_sparse_moe.experts.{expert}")
+        if self.quant.fp8:
+            weights, fc_scale, proj_scale = quantize_mlp(weights, prefix, self._given.weights)
+            weights = on_device(weights, "cpu")
+            self._expert_scales["mlp.fc"][expert] = fc_scale
+            self._expert_scales["mlp.proj"][expert] = proj_scale
+        else:
+            weight_amax({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w2", "w3")})
+        self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], weights)
 
-    def _check_small(self, layer: int, dense: DenseWeights) -> None:
-        """Refuse what no cast will look at: norms and router, and without quantization the matrices too."""
-        tensors = {f"{name}.weight": getattr(dense, name) for name in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {"residual_layernorm.weight": dense.residual_layernorm, "block_sparse_moe.gate.weight": dense.gate}
-        if not self.quant.fp8:
-            tensors |= {f"self_attn.{p}_proj.weight": getattr(dense.attention, p) for p in "qkvo"}
-            tensors |= {f"residual_mlp.{w}.weight": getattr(dense.residual_mlp, w) for w in ("w1", "w2", "w3")}
-        for suffix, tensor in tensors.items():
-            weight_amax({hf_layer(layer, suffix): tensor})
+    def _write_scales(self, layer: int, observed: dict[str, Tensor]) -> None:
+        for name, values in self._expert_scales.items():
+            self._scales[weight_scale(f"{name}.weight")] = self.team.sum(values)
+        self._scales |= scale_activations(observed)
+        if self.quant.kv_fp8:
+            self._scales |= scale_kv_cache(observed, layer)
+        if self.team.rank == 0:
+            for suffix, scale in self._scales.items():
+                self.files.write_scale(layer, suffix, scale)
+
+
+def _plain(dense: DenseWeights, attention: AttentionWeights, mlp: MlpWeights) -> dict[str, Tensor]:
+    return {
+        "attention.dense": attention.o,
+        "residual_mlp.fc": mlp.w1,
+        "residual_mlp.gate": mlp.w3,
+        "residual_mlp.proj": mlp.w2,
+        "input_layernorm": dense.input_layernorm,
+        "post_layernorm": dense.post_attention_layernorm,
+        "residual_layernorm": dense.residual_layernorm,
+        "mlp.router": dense.gate,
+    }
+
+
+def _small(layer: int, dense: DenseWeights) -> dict[str, Tensor]:
+    """What is never cast, so that no cast looks at it: norms and router."""
+    suffixes = ("input_layernorm", "post_attention_layernorm", "residual_layernorm")
+    named = {hf_layer(layer, f"{suffix}.weight"): getattr(dense, suffix) for suffix in suffixes}
+    return named | {hf_layer(layer, "block_sparse_moe.gate.weight"): dense.gate}
+
+
+def _matrices(layer: int, dense: DenseWeights) -> dict[str, Tensor]:
+    """The dense matrices by their names, for a pass that casts none of them."""
+    named = {hf_layer(layer, f"self_attn.{p}_proj.weight"): getattr(dense.attention, p) for p in "qkvo"}
+    return named | {hf_layer(layer, f"residual_mlp.{w}.weight"): getattr(dense.residual_mlp, w) for w in ("w1", "w2", "w3")}

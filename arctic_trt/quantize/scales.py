@@ -48,37 +48,52 @@ class Quantized:
     scale: Tensor
 
 
-def weight_amax(weights: Mapping[str, Tensor]) -> Tensor:
-    """Common amax of named bf16 matrices that share a scale; raises :class:`CheckpointError` naming one that is not finite."""
+@dataclass(frozen=True, slots=True)
+class GivenAmax:
+    """Maxima that another calibrator found: ``sites`` of each layer, ``weights`` by Hugging Face name."""
+
+    sites: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def weight_amax(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Common amax of named bf16 matrices that share a scale; raises :class:`CheckpointError` naming one that is not finite.
+
+    Where another calibrator has ``given`` an amax for a name, that counts instead of the matrix's own.
+    """
     values = []
     for name, weight in weights.items():
-        value = amax(weight)
+        value = amax(weight).cpu()
         if not torch.isfinite(value):
             raise CheckpointError(f"{name} contains NaN or infinity.", "Download its shard again, or use another checkpoint.")
-        values.append(value)
+        values.append(given[name] if given and name in given else value)
     common = torch.stack(values).max()
     if common == 0:
         logger.warning("%s: all weights are zero; its scale is set to 1.", " and ".join(weights))
     return common
 
 
-def quantize_together(weights: Mapping[str, Tensor]) -> Quantized:
+def quantize_together(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Quantized:
     """Cast matrices with one common scale, once, from bf16."""
-    scale = scale_from_amax(weight_amax(weights)).reshape(1)
+    scale = scale_from_amax(weight_amax(weights, given)).reshape(1)
     return Quantized(tuple(cast_e4m3(weight, scale) for weight in weights.values()), scale)
 
 
-def quantize_attention(weights: AttentionWeights, prefix: str) -> tuple[AttentionWeights, Tensor, Tensor]:
+def quantize_attention(
+    weights: AttentionWeights, prefix: str, given: Mapping[str, Tensor] | None = None
+) -> tuple[AttentionWeights, Tensor, Tensor]:
     """(codes, scale of q/k/v, scale of o); ``prefix`` names the matrices in messages."""
-    qkv = quantize_together({f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"})
-    o = quantize_together({f"{prefix}.o_proj.weight": weights.o})
+    qkv = quantize_together({f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"}, given)
+    o = quantize_together({f"{prefix}.o_proj.weight": weights.o}, given)
     return AttentionWeights(*qkv.codes, *o.codes), qkv.scale, o.scale
 
 
-def quantize_mlp(weights: MlpWeights, prefix: str) -> tuple[MlpWeights, Tensor, Tensor]:
+def quantize_mlp(
+    weights: MlpWeights, prefix: str, given: Mapping[str, Tensor] | None = None
+) -> tuple[MlpWeights, Tensor, Tensor]:
     """(codes, common scale of w1 and w3, scale of w2), for an expert or the residual MLP."""
-    fc = quantize_together({f"{prefix}.w1.weight": weights.w1, f"{prefix}.w3.weight": weights.w3})
-    proj = quantize_together({f"{prefix}.w2.weight": weights.w2})
+    fc = quantize_together({f"{prefix}.w1.weight": weights.w1, f"{prefix}.w3.weight": weights.w3}, given)
+    proj = quantize_together({f"{prefix}.w2.weight": weights.w2}, given)
     return MlpWeights(w1=fc.codes[0], w2=proj.codes[0], w3=fc.codes[1]), fc.scale, proj.scale
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from arctic_trt.errors import ArcticTrtError, RefusedError, UsageError
+from arctic_trt.launch import Launch, find_launch, local_threads
 from arctic_trt.model import mapping as model
-from arctic_trt.runtime.launch import Launch, find_launch, local_threads
 
 Ints = npt.NDArray[np.int32]
 Numbers = npt.NDArray[Any]

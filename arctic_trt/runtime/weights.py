@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from arctic_trt.checkpoint.contract import QuantFormat, rank_file
 from arctic_trt.checkpoint.tensors import TensorFile
-from arctic_trt.checkpoint.trtllm import QuantFormat, check_specs, rank_file
+from arctic_trt.checkpoint.trtllm import check_specs
 from arctic_trt.engine.config import REBUILD
 from arctic_trt.engine.torch.format import (
     ENGINE_EMBEDDING,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arctic_trt.checkpoint.trtllm import QuantFormat
+from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arctic_trt.checkpoint.hf import KV, HfCheckpoint, KvFold, distinct_kv_heads, fold_kv
+from arctic_trt.checkpoint.hf import (
+    ALIGNMENT,
+    KV,
+    HfCheckpoint,
+    KvFold,
+    aligned,
+    dense_names,
+    distinct_kv_heads,
+    expert_names,
+    fold_kv,
+)
 from arctic_trt.errors import CheckpointError
 from tests.support.checkpoints import TINY, random_tensors, repeat_kv_heads, write_checkpoint
 
@@ -32,6 +42,36 @@ def test_weights_are_handed_out_by_layer_and_by_expert(tmp_path: Path) -> None:
     assert dense.residual_mlp.w3.equal(TENSORS["model.layers.1.residual_mlp.w3.weight"])
     assert dense.gate.equal(TENSORS["model.layers.1.block_sparse_moe.gate.weight"])
     assert expert.w2.equal(TENSORS["model.layers.1.block_sparse_moe.experts.5.w2.weight"])
+
+
+@pytest.mark.parametrize("hidden", [128, 40])
+def test_weights_lie_side_by_side_in_memory_that_is_given(tmp_path: Path, hidden: int) -> None:
+    """Forty columns of bf16 are no multiple of the alignment."""
+    config = {**TINY, "hidden_size": hidden, "intermediate_size": 33, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = HfCheckpoint(write_checkpoint(tmp_path, config, random_tensors(config)))
+    for names, read in (
+        (dense_names(1), lambda memory: source.dense(1, memory)),
+        (expert_names(1, 5), lambda memory: source.expert(1, 5, memory)),
+    ):
+        size = source.num_bytes(names)
+        memory = torch.full((size + 8,), 7, dtype=torch.uint8)
+        found, alone = flat(read(memory)), flat(read(None))
+        assert all(a.equal(b) for a, b in zip(found, alone, strict=True))
+        starts = sorted(tensor.data_ptr() - memory.data_ptr() for tensor in found)
+        assert starts[0] == 0 and all(start % ALIGNMENT == 0 for start in starts) and (memory[size:] == 7).all()
+        assert sum(tensor.nbytes for tensor in found) <= size < sum(tensor.nbytes for tensor in found) + ALIGNMENT * len(names)
+    source.expect(source.names)
+    source.close()
+
+
+def flat(weights: object) -> list[torch.Tensor]:
+    values = [getattr(weights, name) for name in weights.__slots__]  # type: ignore[attr-defined]
+    return [tensor for value in values for tensor in ([value] if isinstance(value, torch.Tensor) else flat(value))]
+
+
+@given(st.integers(0, 10_000))
+def test_places_are_rounded_up(size: int) -> None:
+    assert aligned(size) % ALIGNMENT == 0 and size <= aligned(size) < size + ALIGNMENT
 
 
 @pytest.mark.parametrize(

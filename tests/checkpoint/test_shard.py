@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arctic_trt.checkpoint.contract import QuantFormat, local_shape, plan_rank
 from arctic_trt.checkpoint.shard import (
     merge_expert,
     merge_plain,
@@ -19,7 +20,6 @@ from arctic_trt.checkpoint.shard import (
     shard_plain,
     shard_qkv,
 )
-from arctic_trt.checkpoint.trtllm import QuantFormat, local_shape, plan_rank
 from arctic_trt.model.config import ArcticConfig, parse_config
 from arctic_trt.model.mapping import Mapping, plan_mapping
 from arctic_trt.model.names import EMBEDDING, LAYER, Cut

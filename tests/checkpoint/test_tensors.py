@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor
 from arctic_trt.checkpoint import tensors as tensors_module
 from arctic_trt.checkpoint.header import read_header
 from arctic_trt.checkpoint.layout import PAGE_BYTES, TensorSpec, plan_layout
-from arctic_trt.checkpoint.tensors import TORCH_DTYPE, TensorFile, TensorFileWriter
+from arctic_trt.checkpoint.tensors import PARTIAL, TORCH_DTYPE, TensorFile, TensorFileWriter, reserve
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 
 SPECS = [TensorSpec("fp8", "F8_E4M3", (4, 6)), TensorSpec("bf16", "BF16", (3,)), TensorSpec("f32", "F32", (2, 1))]
@@ -111,7 +113,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     writer = TensorFileWriter(path, plan_layout(SPECS))
     writer.write("bf16", random_bytes(SPECS[1]))
-    with pytest.raises(RuntimeError, match=r"2 tensors are not complete, e\.g\. fp8"):
+    with pytest.raises(RuntimeError, match=r"a\.safetensors: fp8 has 0 of 24 bytes"):
         writer.finish()
     assert not path.exists()
     writer.abandon()
@@ -140,7 +142,94 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("call", ["pwrite", "ftruncate", "fsync", "replace"])
+def test_a_tensor_is_read_into_memory_that_is_there(tmp_path: Path) -> None:
+    values = write_all(tmp_path / "a.safetensors")
+    file, memory = TensorFile(tmp_path / "a.safetensors"), torch.full((100,), 7, dtype=torch.uint8)
+    for name, value in values.items():
+        found = file.read(name, memory)
+        assert same_bytes(found, value) and found.data_ptr() == memory.data_ptr()
+        assert (memory[value.nbytes :] == 7).all() or name != "fp8", "nothing is written beyond its end"
+    file.expect("fp8")
+    file.close()
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["partial", "already named"])
+def test_an_unfinished_file_is_continued(tmp_path: Path, named: bool) -> None:
+    path, values = tmp_path / "a.safetensors", {spec.name: random_bytes(spec) for spec in SPECS}
+    first = TensorFileWriter(path, plan_layout(SPECS, {"format": "pt"}))
+    first.write("fp8", values["fp8"])
+    first.sync()
+    first.close()
+    if named:
+        path.with_name(path.name + PARTIAL).rename(path)
+    second = TensorFileWriter(path, plan_layout(SPECS, {"format": "pt"}), resume=True)
+    assert not path.exists(), "a file under its own name is complete"
+    second.assume("fp8")
+    for name in ("bf16", "f32"):
+        second.write(name, values[name])
+    second.finish()
+    found = load_file(path)
+    assert all(same_bytes(found[name], values[name]) for name in values)
+
+
+def test_several_writers_share_a_file(tmp_path: Path) -> None:
+    path, spec = tmp_path / "a.safetensors", TensorSpec("experts", "BF16", (4, 2, 3))
+    whole = random_bytes(spec)
+    writers = [TensorFileWriter(path, plan_layout([spec]), resume=bool(rank)) for rank in (0, 1)]
+    for index in range(4):
+        writers[index % 2].write("experts", whole[index], index)
+    with pytest.raises(RuntimeError, match="experts has 24 of 48 bytes"):
+        writers[0].finish()
+    writers[0].finish([writer.written for writer in writers])
+    writers[1].close()
+    assert same_bytes(load_file(path)["experts"], whole)
+
+
+def test_there_is_nothing_to_continue(tmp_path: Path) -> None:
+    with pytest.raises(ArcticTrtError, match=r"a\.safetensors cannot be written: No such file"):
+        TensorFileWriter(tmp_path / "a.safetensors", plan_layout(SPECS), resume=True)
+
+
+def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
+    writer = TensorFileWriter(tmp_path / "a.safetensors", plan_layout([TensorSpec("big", "F32", (1 << 18,))]))
+    status = (tmp_path / f"a.safetensors{PARTIAL}").stat()
+    assert status.st_size == writer.layout.total_bytes
+    assert status.st_blocks * 512 >= status.st_size or not os.statvfs(tmp_path).f_blocks
+    writer.abandon()
+
+
+@pytest.mark.parametrize(("code", "refused"), [(errno.EOPNOTSUPP, False), (errno.ENOSYS, False), (errno.ENOSPC, True)])
+def test_where_space_cannot_be_reserved(tmp_path: Path, code: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not know how gets a file of the right size; one that is full is full."""
+
+    class Libc:
+        @staticmethod
+        def fallocate(*_: object) -> int:
+            ctypes.set_errno(code)
+            return -1
+
+    monkeypatch.setattr(tensors_module, "_libc", Libc)
+    with (tmp_path / "a").open("w+b") as file:
+        if refused:
+            with pytest.raises(OSError, match="No space left"):
+                reserve(file.fileno(), 1000)
+        else:
+            reserve(file.fileno(), 1000)
+            assert os.fstat(file.fileno()).st_size == 1000
+
+
+def test_parts_may_be_written_side_by_side(tmp_path: Path) -> None:
+    spec = TensorSpec("experts", "F32", (64, 50))
+    whole = random_bytes(spec)
+    writer = TensorFileWriter(tmp_path / "a.safetensors", plan_layout([spec]))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: writer.write("experts", whole[index], index), range(64)))
+    assert writer.written["experts"] == spec.num_bytes and writer.bytes_written == writer.layout.total_bytes
+    writer.finish()
+    assert same_bytes(load_file(tmp_path / "a.safetensors")["experts"], whole)
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite", "fdatasync", "fsync", "replace"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = tmp_path / "a.safetensors"
 
@@ -152,6 +241,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
         try:
             for spec in SPECS:
                 writer.write(spec.name, random_bytes(spec))
+            writer.sync()
             writer.finish()
         except BaseException:
             writer.abandon()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pytest
 from safetensors import safe_open
 
 from arctic_trt.cli.quantize import command
@@ -79,7 +80,7 @@ def test_dry_run_checks_everything_and_writes_nothing(job: Job, arctic_trt: Call
     sizes = [(job.output_dir / f"rank{rank}.safetensors").stat().st_size for rank in (0, 1)]
     assert forecast["rank_bytes"] == sizes and forecast["output_bytes"] == sum(sizes)
     assert forecast["checkpoint_bytes"] == sum(tensor.nbytes for tensor in random_tensors(SMALL).values())
-    assert arctic_trt(*job.argv("--dry-run")).code == 3, "an occupied directory is noticed"
+    assert arctic_trt(*job.argv("--dry-run", "--tp_size", 1)).code == 3, "an occupied directory is noticed"
 
 
 def test_dry_run_for_a_person(job: Job, arctic_trt: Callable[..., Finished]) -> None:
@@ -149,6 +150,38 @@ def test_overwrite_replaces_a_finished_checkpoint(job: Job, arctic_trt: Callable
     assert lasting(job.output_dir) == first
 
 
+def test_the_same_command_again_is_done_at_once(job: Job, arctic_trt: Callable[..., Finished]) -> None:
+    first = arctic_trt(*job.argv("--json"))
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in job.output_dir.rglob("*")}
+    again = arctic_trt(*job.argv("--json"))
+    assert (again.code, json.loads(again.out)) == (0, json.loads(first.out))
+    assert f"{job.output_dir} already holds exactly this checkpoint; nothing to do (--overwrite makes it again).\n" in again.err
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in job.output_dir.rglob("*")} == before
+    assert arctic_trt(*job.argv("--memory_budget", "16GiB", "--seed", 5, "-q")) == Finished(0, "", ""), "they change no byte"
+
+
+def test_a_finished_checkpoint_that_lacks_a_file_is_not_taken_for_whole(job: Job, arctic_trt: Callable[..., Finished]) -> None:
+    assert arctic_trt(*job.argv()).code == 0
+    expected = lasting(job.output_dir)
+    (job.output_dir / "rank1.safetensors").unlink()
+    assert arctic_trt(*job.argv()).code == 3
+    assert arctic_trt(*job.argv("--overwrite", "-q")) == Finished(0, "", "") and lasting(job.output_dir) == expected
+
+
+def test_a_budget_that_is_too_small_is_refused_with_what_it_takes(job: Job, arctic_trt: Callable[..., Finished]) -> None:
+    done = arctic_trt(*job.argv("--memory_budget", "100MiB"))
+    assert done.code == 3 and not job.output_dir.exists()
+    assert "The memory budget of 0.10 GiB is too small: this checkpoint needs 0." in done.err
+
+
+def test_cuda_is_refused_where_there_is_none(
+    job: Job, arctic_trt: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = arctic_trt(*job.argv("--device", "cuda"))
+    assert done.code == 3 and "no CUDA device" in done.err and not job.output_dir.exists()
+
+
 def test_experts_without_tokens_are_reported(job: Job, arctic_trt: Callable[..., Finished]) -> None:
     write_samples(job.calib, random_ids(SMALL["vocab_size"], [1]))
     done = arctic_trt(*job.argv("--json"))
@@ -206,6 +239,11 @@ FROZEN_FLAGS = {
     "--calib_max_seq_length": "integer",
     "--batch_size": "integer",
     "--seed": "integer",
+    "--calibrator": "streaming|modelopt",
+    "--calib_algorithm": "text",
+    "--device": "cpu|cuda",
+    "--workers": "integer",
+    "--memory_budget": "text",
     "--overwrite": "flag",
     "--dry_run": "flag",
     "--config": "file",

@@ -239,6 +239,16 @@ def test_kv_heads_that_one_layer_does_not_repeat(job: Job, arctic_trt: ArcticTrt
         (["--tp_sizes", 2], ["No such option", "--tp_sizes", "--tp_size"]),
         (["--qformat", "int8"], ["--qformat", "int8", "full_prec"]),
         (["--kv_cache_dtype", "int8"], ["--kv_cache_dtype", "int8", "fp8"]),
+        (
+            ["--kv_cache_dtype", "fp8", "--qformat", "full_prec"],
+            ["--kv_cache_dtype fp8 needs scales, which --qformat full_prec does not calibrate"],
+        ),
+        (["--memory_budget", "much"], ["--memory_budget 'much' is not a size", "8GiB"]),
+        (["--memory_budget", "-1GB"], ["--memory_budget '-1GB' is not positive"]),
+        (["--calib_algorithm", "mse"], ["--calib_algorithm mse needs --calibrator modelopt"]),
+        (["--calibrator", "modelopt", "--calib_algorithm", "awq_lite"], ["--calib_algorithm 'awq_lite' is not valid", "'mse'"]),
+        (["--workers", 0], ["--workers 0 is not valid", "greater than or equal to 1"]),
+        (["--calibrator", "nvidia"], ["--calibrator", "nvidia", "streaming", "modelopt"]),
     ],
 )
 def test_a_flag_that_does_not_fit(flags: list[object], fragments: list[str], job: Job, arctic_trt: ArcticTrt) -> None:
@@ -257,7 +267,7 @@ def test_a_required_flag_that_is_missing(missing: str, job: Job, arctic_trt: Arc
     [
         ("calib_sise: 4", ["unknown key 'calib_sise'", "Did you mean 'calib_size'?"]),
         ("tp-size: 4", ["unknown key 'tp-size'", "Did you mean 'tp_size'?"]),
-        ("zzz: 4", ["unknown key 'zzz'", "Known keys: model_dir, output_dir,"]),
+        ("zzz: 4", ["unknown key 'zzz'", "Known keys: qformat,", "model_dir, output_dir,"]),
         ("calib_size: many", ["calib_size 'many' is not valid"]),
         ("qformat: int4", ["qformat 'int4' is not valid"]),
         ("a: [", ["is not valid YAML"]),
@@ -312,9 +322,14 @@ def occupy(job: Job, *names: str) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry run"])
-def test_a_finished_checkpoint_is_not_overwritten_unasked(more: list[str], job: Job, arctic_trt: ArcticTrt) -> None:
+@pytest.mark.parametrize(
+    "other", [["--tp_size", 1], ["--calib_size", 2], ["--kv_cache_dtype", "none"]], ids=lambda other: other[0]
+)
+def test_a_finished_checkpoint_is_not_overwritten_unasked(
+    other: list[object], more: list[str], job: Job, arctic_trt: ArcticTrt
+) -> None:
     assert arctic_trt(*job.argv()).code == 0
-    refuse(job, arctic_trt, REFUSED, f"{job.output_dir} is not empty", "--overwrite", flags=more)
+    refuse(job, arctic_trt, REFUSED, f"{job.output_dir} is not empty", "--overwrite", flags=[*other, *more])
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["plain", "overwrite"])

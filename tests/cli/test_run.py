@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arctic_trt.runtime import launch
+from arctic_trt import launch
 from tests.conftest import Finished
 from tests.support.engines import build_engine, mpirun
 from tests.support.jobs import quantize

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from arctic_trt.checkpoint.trtllm import QuantFormat, parse_pretrained_config, plan_config, plan_rank
+from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, plan_config, plan_rank
 from arctic_trt.model.config import ArcticConfig, parse_config
 from arctic_trt.model.mapping import plan_mapping
 from tests.support.checkpoints import TINY

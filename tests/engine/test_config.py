@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from arctic_trt import __version__
-from arctic_trt.checkpoint.trtllm import QuantFormat, plan_config
+from arctic_trt.checkpoint.contract import QuantFormat, plan_config
 from arctic_trt.engine.config import (
     BuildConfig,
     EngineConfig,

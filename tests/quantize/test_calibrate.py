@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from torch import Tensor
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 from arctic_trt.model.config import parse_config
 from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights, decoder_layer, gated_mlp, moe_input, route
-from arctic_trt.quantize.calibrate import Calibration, SiteAmax
+from arctic_trt.quantize import calibrate
+from arctic_trt.quantize.calibrate import Calibration, SiteAmax, padded_rows
 from arctic_trt.quantize.fp8 import amax
+from arctic_trt.quantize.rows import FileRows, MemoryRows, Rows
 from arctic_trt.quantize.scales import quantize_together, scale_activations, scale_kv_cache, weight_amax
+from arctic_trt.quantize.stream import Unit, WorkPool
+from arctic_trt.quantize.team import Solo
 from tests.support.checkpoints import TINY, random_ids, random_tensors
 
 CONFIG = parse_config({**TINY, "num_local_experts": 32})
@@ -37,45 +43,90 @@ def experts(layer: int) -> list[MlpWeights]:
     return [MlpWeights(*(TENSORS[f"{prefix}.{e}.{m}.weight"] for m in ("w1", "w2", "w3"))) for e in range(32)]
 
 
-def calibrated(rows: list[list[int]], layers: int = 2) -> tuple[Calibration, list[dict[str, Tensor]], list[list[int]]]:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkPool]:
+    pool = WorkPool(2)
+    yield pool
+    pool.close()
+
+
+def calibrated(
+    rows: list[list[int]], pool: WorkPool, layers: int = 2, spill_to: Path | None = None
+) -> tuple[Calibration, list[dict[str, Tensor]], list[list[int]]]:
     """(calibration, amax by layer and site, tokens by layer and expert) after a pass over ``layers``."""
-    batches = [torch.tensor([row]) for row in rows]
-    calibration = Calibration(batches, TENSORS["model.embed_tokens.weight"], CONFIG)
+
+    def new_rows(tokens: int) -> Rows:
+        return FileRows(tokens, CONFIG.hidden_size, spill_to) if spill_to else MemoryRows(tokens, CONFIG.hidden_size)
+
+    calibration = Calibration([torch.tensor([row]) for row in rows], CONFIG, new_rows, Solo())
+    calibration.embed(TENSORS["model.embed_tokens.weight"])
     found, tokens = [], []
     for layer in range(layers):
-        calibration.enter(layer, dense(layer))
-        tokens.append([calibration.visit(index, weights) for index, weights in enumerate(experts(layer))])
+        calibration.enter(layer, Unit(dense(layer), lambda: None), pool)
+        tokens.append([calibration.tokens_of(expert) for expert in range(32)])
+        for expert, weights in enumerate(experts(layer)):
+            for visit in calibration.visits(expert, Unit(weights, lambda: None)):
+                calibration.add(visit())
         found.append(calibration.leave())
     return calibration, found, tokens
 
 
-def test_hidden_states_advance_as_the_network_computes_them() -> None:
+@pytest.mark.parametrize("spill", [False, True])
+def test_hidden_states_advance_as_the_network_computes_them(spill: bool, pool: WorkPool, tmp_path: Path) -> None:
     [row] = random_ids(512, [9])
-    calibration, _, _ = calibrated([row])
+    calibration, _, _ = calibrated([row], pool, spill_to=tmp_path if spill else None)
     x = TENSORS["model.embed_tokens.weight"][torch.tensor([row])]
     with torch.inference_mode():
         for layer in (0, 1):
             x = decoder_layer(x, dense(layer), experts(layer), CONFIG)
-    assert calibration.hidden[0].equal(x) and calibration.num_tokens == 9
+    assert calibration.num_tokens == 9 and calibration.hidden.read(0, 9).equal(x[0])
+    calibration.close()
 
 
-def test_every_token_reaches_top_k_experts() -> None:
-    _, _, tokens = calibrated(random_ids(512, [9, 20, 3]))
+def test_every_token_reaches_top_k_experts(pool: WorkPool) -> None:
+    _, _, tokens = calibrated(random_ids(512, [9, 20, 3]), pool)
     assert [sum(layer) for layer in tokens] == [2 * 32] * 2
 
 
-def test_an_amax_is_the_maximum_over_all_samples() -> None:
+def test_an_amax_is_the_maximum_over_all_samples(pool: WorkPool) -> None:
     rows = random_ids(512, [9, 20, 3])
-    _, together, _ = calibrated(rows)
-    apart = [calibrated([row])[1] for row in rows]
+    _, together, _ = calibrated(rows, pool)
+    apart = [calibrated([row], pool)[1] for row in rows]
     for layer in (0, 1):
         for site, value in together[layer].items():
             assert value == max(single[layer][site] for single in apart)
 
 
-def test_experts_without_tokens_take_the_maximum_of_those_with_tokens_of_the_same_projection() -> None:
+def test_the_tokens_of_an_expert_may_pass_it_in_parts(pool: WorkPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_ids(512, [30, 20])
+    whole, expected, _ = calibrated(rows, pool)
+    monkeypatch.setattr(calibrate, "EXPERT_ROWS", 3)
+    parts, found, _ = calibrated(rows, pool)
+    assert found == expected and parts.hidden.read(0, 50).equal(whole.hidden.read(0, 50))
+
+
+def test_a_unit_is_given_back_when_its_last_visit_has_run(pool: WorkPool) -> None:
+    calibration, _, _ = calibrated(random_ids(512, [30, 20]), pool, layers=1)
+    expert = max(range(32), key=calibration.tokens_of)
+    given_back: list[int] = []
+    unit = Unit(experts(0)[expert], lambda: given_back.append(expert))
+    visits = calibration.visits(expert, unit)
+    unit.release()
+    assert visits and not given_back
+    for visit in visits:
+        visit()
+    assert given_back == [expert]
+
+
+def test_rows_are_padded_to_few_sizes_and_by_less_than_half() -> None:
+    sizes = [padded_rows(count) for count in range(1, 4097)]
+    assert all(count <= size < max(2 * count, count + 128, 9) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 40 and sizes == sorted(sizes)
+
+
+def test_experts_without_tokens_take_the_maximum_of_those_with_tokens_of_the_same_projection(pool: WorkPool) -> None:
     rows = random_ids(512, [9])
-    _, [observed], [tokens] = calibrated(rows, layers=1)
+    _, [observed], [tokens] = calibrated(rows, pool, layers=1)
     assert tokens.count(0) >= 14
     x = moe_input(TENSORS["model.embed_tokens.weight"][torch.tensor(rows)], dense(0), CONFIG)
     routing = route(x, dense(0).gate, 2)

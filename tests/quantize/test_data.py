@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arctic_trt.errors import UsageError
+from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.quantize import data
 from arctic_trt.quantize.data import find_dataset, plan_batches, read_samples
 from tests.support.tokenizers import write_tokenizer
 
@@ -101,6 +104,69 @@ def test_datasets_are_found_by_name_or_path(path: Path) -> None:
     for missing in ("no-such-name", str(path.parent)):
         with pytest.raises(UsageError, match=f"--calib_dataset {missing} is neither a file nor one of default, heldout"):
             find_dataset(missing)
+
+
+def test_a_text_file_holds_a_sample_a_line(path: Path) -> None:
+    write_tokenizer(path.parent)
+    text = path.with_suffix(".txt")
+    text.write_bytes(b'the future\r\n\n   \nthe\n{"text": "the"}\n')
+    plain, short, braces = read(text)
+    assert (plain, short) == ([1, 5, 6], [1, 5]) and len(braces) > 1, "braces have no meaning there"
+    assert read(text, limit=1, max_tokens=2) == [[1, 5]]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(b"", r"\.txt holds no samples"), (b"ok\n\xff\xfe\n", r"\.txt is not UTF-8 text \(.* at byte 3\)")]
+)
+def test_a_damaged_text_file_is_refused(path: Path, content: bytes, complaint: str) -> None:
+    write_tokenizer(path.parent)
+    path.with_suffix(".txt").write_bytes(content)
+    with pytest.raises(UsageError, match=complaint):
+        read(path.with_suffix(".txt"))
+
+
+class TestNamedSets:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "arctic-trt"
+
+    def library(self, monkeypatch: pytest.MonkeyPatch, load) -> None:  # type: ignore[no-untyped-def]
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+
+    def test_without_the_extra_it_is_named(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(RefusedError) as caught:
+            find_dataset("cnn_dailymail")
+        assert str(caught.value) == (
+            "--calib_dataset cnn_dailymail needs the package datasets, which is not installed. "
+            "pip install 'arctic-trt[datasets]'. Give a .jsonl file of your own, or --calib_dataset default."
+        )
+        assert not cache.exists()
+
+    def test_offline_it_says_so_in_one_sentence(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        def offline(*_: object, **__: object) -> None:
+            raise ConnectionError("no\n  route")
+
+        self.library(monkeypatch, offline)
+        with pytest.raises(RefusedError, match=r"cannot be downloaded \(ConnectionError: no route\)\. Give a \.jsonl file"):
+            find_dataset("wikitext")
+        assert not cache.exists()
+
+    def test_a_set_is_downloaded_once(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        asked: list[tuple[object, ...]] = []
+
+        def load(*words: object, split: str) -> list[dict[str, str]]:
+            asked.append((*words, split))
+            return [{"article": "the future"}, {"article": "the"}]
+
+        self.library(monkeypatch, load)
+        found = {find_dataset("cnn_dailymail") for _ in range(3)}
+        assert asked == [("abisee/cnn_dailymail", "3.0.0", f"train[:{data.NAMED_SAMPLES}]")]
+        assert found == {cache / "cnn_dailymail.jsonl"}
+        assert [path.name for path in cache.iterdir()] == ["cnn_dailymail.jsonl"]
+        write_tokenizer(cache)
+        assert read(cache / "cnn_dailymail.jsonl") == [[1, 5, 6], [1, 5]]
 
 
 def test_the_default_set_comes_with_the_package_and_is_well_formed() -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from arctic_trt.quantize.memory import MemoryPlan
+from arctic_trt.quantize.pipeline import plan_quantization
+from arctic_trt.recipes import QuantizeRecipe
 from tests.support.checkpoints import (
     TINY,
     UNLIKE_TINY,
@@ -38,6 +41,14 @@ CUTS: dict[str, tuple[Config, dict[str, Any]]] = {
     "7 query heads per kv head, vocabulary that does not divide": ({**UNLIKE_TINY, "vocab_size": 1001}, {"tp_size": 4}),
 }
 UNQUANTIZED = ("norm.weight", "layernorm.weight", "gate.weight", "embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.fixture(scope="module")
+def tiny_fp8(tiny_model: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, cut for two ranks; nobody may change it."""
+    path = tmp_path_factory.mktemp("fp8") / "out"
+    quantize(tiny_model, path, tp_size=2, calib_dataset=str(tiny_samples))
+    return path
 
 
 def samples_for(config: Config, path: Path) -> str:
@@ -115,6 +126,35 @@ def test_two_runs_write_the_same_bytes(tiny_model: Path, tiny_samples: Path, tmp
         for key in ("seconds", "peak_rss_bytes", "output_dir", "recipe"):
             del report[key]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("spill", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_threads_and_memory_change_no_byte(
+    threads: int, spill: bool, depth: int, tiny_model: Path, tiny_samples: Path, tiny_fp8: Path, tmp_path: Path
+) -> None:
+    report = quantize(
+        tiny_model,
+        tmp_path / "out",
+        tp_size=2,
+        calib_dataset=str(tiny_samples),
+        threads=threads,
+        memory=MemoryPlan(depth, spill, 0),
+    )
+    assert lasting(tmp_path / "out") == lasting(tiny_fp8)
+    assert report["hidden_states_on_disk"] is spill
+
+
+def test_a_budget_decides_whether_hidden_states_go_to_disk(tiny_model: Path, tmp_path: Path, tiny_fp8: Path) -> None:
+    samples = write_samples(tmp_path / "calib.jsonl", random_ids(512, [1000] * 40))
+    plan = plan_quantization(
+        QuantizeRecipe(model_dir=tiny_model, output_dir=tmp_path / "out", tp_size=2, calib_dataset=str(samples))
+    )
+    assert not plan.memory.spill
+    rows = 3 * 2 * 40 * 1000 // 2 * 128
+    recipe = plan.recipe.model_copy(update={"memory_budget": str(plan.memory.peak_bytes - rows // 2)})
+    assert plan_quantization(recipe).memory.spill
 
 
 def test_shards_and_index_do_not_matter(tmp_path: Path, tiny_samples: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from arctic_trt.errors import ArcticTrtError, CheckpointError, RefusedError, UsageError
+from arctic_trt.launch import Launch
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.communicator import SoloCommunicator, agreement, check_world, connect
-from arctic_trt.runtime.launch import Launch
 
 
 def mapping(tp: int, pp: int = 1) -> Mapping:

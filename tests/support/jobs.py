@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from arctic_trt.quantize.memory import MemoryPlan
 from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
 from arctic_trt.recipes import QuantizeRecipe
 from tests.support.checkpoints import Tensors
 
 
-def quantize(model_dir: Path, output_dir: Path, **recipe: Any) -> dict[str, Any]:
-    """Quantize by the library's front door; returns the report."""
+def quantize(
+    model_dir: Path, output_dir: Path, *, threads: int | None = None, memory: MemoryPlan | None = None, **recipe: Any
+) -> dict[str, Any]:
+    """Quantize by the library's front door, perhaps with other ``threads`` and ``memory`` than it would choose; the report."""
     plan = plan_quantization(QuantizeRecipe(model_dir=model_dir, output_dir=output_dir, **recipe))
-    return run_quantization(plan, lambda progress: None)
+    plan = replace(plan, workers=threads or plan.workers, memory=memory or plan.memory)
+    return run_quantization(plan)
 
 
 def read_ranks(directory: Path) -> list[Tensors]:
@@ -36,6 +41,18 @@ def tree(directory: Path) -> dict[str, bytes | None] | None:
 def lasting(directory: Path) -> dict[str, bytes | None]:
     """:func:`tree` without the report, which holds the time that the run took."""
     return {name: data for name, data in (tree(directory) or {}).items() if name != "report/quantize.json"}
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every rank file and of config.json."""
+    files = [directory / "config.json", *sorted(directory.glob("rank*"))]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report that a quantization left."""
+    report: dict[str, Any] = json.loads((directory / "report" / "quantize.json").read_text())
+    return report
 
 
 @dataclass

@@ -138,17 +138,17 @@ class ArcticForCausalLM(PreTrainedModel):
         return self.lm_head(self.model(input_ids))
 
 
-def hugging_face_model(config: Config, tensors: Tensors) -> ArcticForCausalLM:
+def hugging_face_model(config: Config, tensors: Tensors, *, copy: bool = True) -> ArcticForCausalLM:
     with torch.device("meta"):
         model = ArcticForCausalLM(ArcticConfig(**config))
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: tensor.clone() if copy else tensor for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 
 class ModelOptReference:
     """A model calibrated by ModelOpt; :meth:`export` cuts it for any tensor-parallel size."""
 
-    def __init__(self, config: Config, tensors: Tensors, batches: list[Tensor]) -> None:
+    def __init__(self, config: Config, tensors: Tensors, batches: list[Tensor], *, copy: bool = True) -> None:
         import modelopt.torch.quantization as mtq
         from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
@@ -159,7 +159,7 @@ class ModelOptReference:
 
         recipe = update_quant_cfg_with_kv_cache_quant(mtq.FP8_DEFAULT_CFG, mtq.FP8_KV_CFG["quant_cfg"])
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model = mtq.quantize(hugging_face_model(config, tensors), recipe, forward_loop)
+            self.model = mtq.quantize(hugging_face_model(config, tensors, copy=copy), recipe, forward_loop)
 
     def export(self, directory: Path, tp_size: int) -> list[Tensors]:
         """The tensors of every rank, without the two cache factors that TensorRT-LLM merges into one and drops."""

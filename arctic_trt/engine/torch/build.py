@@ -14,10 +14,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from arctic_trt.checkpoint.contract import rank_file, read_json
 from arctic_trt.checkpoint.layout import FileLayout, plan_layout
 from arctic_trt.checkpoint.output_dir import OutputDir, check_occupied, check_space
 from arctic_trt.checkpoint.tensors import TensorFile, TensorFileWriter
-from arctic_trt.checkpoint.trtllm import TrtCheckpoint, rank_file, read_json
+from arctic_trt.checkpoint.trtllm import TrtCheckpoint
 from arctic_trt.engine.config import TORCH, BuildConfig, is_engine_config, plan_engine_config
 from arctic_trt.engine.torch.format import EngineTensor, How, plan_engine_tensors, weight_scale_twins
 from arctic_trt.errors import CheckpointError, RefusedError

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from arctic_trt.checkpoint.contract import QuantFormat, plan_rank
 from arctic_trt.checkpoint.layout import TensorSpec
-from arctic_trt.checkpoint.trtllm import QuantFormat, plan_rank
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.model.names import EMBEDDING, FINAL_NORM, KV_CACHE_SCALE, LM_HEAD, activation_scale, trt_layer, weight_scale

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arctic_trt.runtime import launch
-from arctic_trt.runtime.launch import Launch, end_job, find_launch, is_leader, plan_threads, tie_to_launcher, wait_for_leader
+from arctic_trt import launch
+from arctic_trt.launch import Launch, end_job, find_launch, is_leader, plan_threads, tie_to_launcher, wait_for_leader
 
 
 @pytest.mark.parametrize(

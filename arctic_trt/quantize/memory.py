@@ -1,0 +1,92 @@
+"""How much memory a quantization takes, and how it fits into what it may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.model.config import ArcticConfig
+
+BASE_BYTES = 350 << 20
+"""Interpreter and libraries, measured with torch 2.13 on CPU, and a margin."""
+EXPERT_ROWS = 2048
+"""Rows that pass an expert in one matrix product, at most."""
+MAX_DEPTH = 4
+MIN_DEPTH = 2
+SAFE_SHARE = 0.7
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """``depth`` experts in flight, hidden states in memory or in a file, and the peak that this makes."""
+
+    depth: int
+    spill: bool
+    peak_bytes: int
+
+
+def plan_memory(config: ArcticConfig, *, tokens: int, batch_tokens: int, workers: int, budget_bytes: int) -> MemoryPlan:
+    """Choose the widest plan within the budget; raises :class:`RefusedError` when even the narrowest does not fit.
+
+    ``tokens`` are all calibration tokens, ``batch_tokens`` those of the largest batch.
+    """
+    for spill in (False, True) if tokens else (False,):
+        for depth in range(MAX_DEPTH, MIN_DEPTH - 1, -1):
+            peak = estimate_peak(config, tokens=tokens, batch_tokens=batch_tokens, workers=workers, depth=depth, spill=spill)
+            if peak <= budget_bytes:
+                return MemoryPlan(depth, spill, peak)
+    raise RefusedError(
+        f"The memory budget of {budget_bytes / 2**30:.2f} GiB is too small: this checkpoint needs {peak / 2**30:.2f} GiB.",
+        "Raise --memory_budget, or lower --batch_size or --calib_max_seq_length.",
+    )
+
+
+def estimate_peak(config: ArcticConfig, *, tokens: int, batch_tokens: int, workers: int, depth: int, spill: bool) -> int:
+    """Peak resident bytes. Neither layers nor the number of experts nor the size of the checkpoint appear in it."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    embedding = 2 * 2 * config.vocab_size * hidden
+    dense = 2 * (5 * hidden * hidden + 2 * config.kv_size * hidden)
+    expert = 2 * 3 * ffn * hidden
+    cast = workers * max(expert, 2 * 2 * hidden * hidden)
+    rows = 0 if spill else 3 * 2 * tokens * hidden
+    expert_rows = min(tokens, EXPERT_ROWS)
+    moe = expert_rows * (hidden * (2 + 2 + 4 + 2) + ffn * 2 * 3)
+    attention = batch_tokens * hidden * (4 * 3 + 2 * 9)
+    return BASE_BYTES + rows + max(embedding, dense + depth * expert + cast + max(moe, attention))
+
+
+def default_budget() -> int:
+    """A safe share of what is free now, also inside a container."""
+    return int(SAFE_SHARE * min(_available(), _cgroup_limit()))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``8GiB``, ``500MB``, ``1.5g`` or a plain number; raises :class:`UsageError`."""
+    number = text.strip().lower().removesuffix("b")
+    digits = number.rstrip("kmgti")
+    try:
+        size = int(float(digits) * UNITS[number[len(digits) :]])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"--memory_budget {text!r} is not a size.", "Write it as 8GiB, 500MB or a number of bytes.") from None
+    if size <= 0:
+        raise UsageError(f"--memory_budget {text!r} is not positive.")
+    return size
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RefusedError("/proc/meminfo does not say how much memory is available.", "Pass --memory_budget.")
+
+
+def _cgroup_limit() -> int:
+    """What a container may still take, by its control group; without a limit, no bound."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
+    except OSError:
+        return 2**63
+    return 2**63 if limit == "max" else max(0, int(limit) - used)
