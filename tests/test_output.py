@@ -72,3 +72,13 @@ def test_logging_configured_twice_speaks_once(capsys: pytest.CaptureFixture[str]
         Output().configure_logging()
     logging.getLogger("arctic_trt").warning("hello")
     assert capsys.readouterr().err == "WARNING: hello\n"
+
+
+def test_what_is_plain_is_plain_on_a_terminal_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output()
+    output.plain = True
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.table("Title", ROWS)
+    assert capsys.readouterr().out == "Title\n  tensors  58\n  read     1.00 GB\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert not output.terminal and Output().terminal

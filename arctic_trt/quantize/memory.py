@@ -52,8 +52,8 @@ def estimate_peak(config: ArcticConfig, *, tokens: int, batch_tokens: int, worke
     cast = workers * max(expert, 2 * 2 * hidden * hidden)
     rows = 0 if spill else 3 * 2 * tokens * hidden
     expert_rows = min(tokens, EXPERT_ROWS)
-    moe = expert_rows * (hidden * (2 + 2 + 4 + 2) + ffn * 2 * 3)
-    attention = batch_tokens * hidden * (4 * 3 + 2 * 9)
+    moe = workers * expert_rows * (hidden * (2 + 2 + 4 + 2) + ffn * 2 * 3)
+    attention = workers * batch_tokens * hidden * (4 * 3 + 2 * 9)
     return BASE_BYTES + rows + max(embedding, dense + depth * expert + cast + max(moe, attention))
 
 

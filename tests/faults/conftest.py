@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.checkpoints import SMALL, random_checkpoint, random_ids, write_samples
 from tests.support.jobs import Job
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,8 @@ def layered_job(job: Job, tmp_path: Path) -> Job:
 
 @pytest.fixture
 def long_job(job: Job, tmp_path: Path) -> Job:
-    """A job of so many layers that it is still at work when a test gets there."""
+    """A job of so many layers, each with so many batches, that it is still at work when a test gets there."""
+    write_samples(job.calib, random_ids(SMALL["vocab_size"], [16] * 60))
     job.model_dir = random_checkpoint(tmp_path / "long", {**SMALL, "num_hidden_layers": 48})
     return job
 

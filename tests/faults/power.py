@@ -10,6 +10,7 @@ import os
 import random
 import stat
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 
 BLOCK = 512
+SYNC_S = 0.01
+"""How long a sync takes: whoever does not wait for it goes on without it."""
 WATCHED = ("pwrite", "fdatasync", "fsync", "replace", "unlink")
 Image = dict[str, bytes | None]
 Names = dict[str, int]
@@ -69,6 +72,8 @@ class Disk:
 
     def _watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "fdatasync":
+                time.sleep(SYNC_S)
             with self._lock:
                 self._on_change(self._count, name)
                 self._count += 1

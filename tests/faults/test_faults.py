@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 
 from arctic_trt.checkpoint.header import read_header
+from arctic_trt.checkpoint.output_dir import MARKER
 from tests.conftest import Finished
 from tests.faults.conftest import LAYERS, Started
 from tests.faults.dying import PROCESSES, Death, race, run_and_die
-from tests.support.jobs import Job, digests, lasting, read_report, tree
+from tests.support.jobs import Job, digests, lasting, read_report, spilling_budget, tree
 
 ArcticTrt = Callable[..., Finished]
 DONE = Finished(0, "", "")
@@ -63,12 +64,15 @@ def test_killed_while_overwriting_the_same_command_gives_the_same_bytes(job: Job
         assert lasting(job.output_dir) == expected
 
 
-@pytest.mark.parametrize("qformat", ["fp8", "full_prec"])
-def test_killed_again_and_again_the_job_is_completed(qformat: str, layered_job: Job, arctic_trt: ArcticTrt) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "full_prec", "hidden states on disk"])
+def test_killed_again_and_again_the_job_is_completed(kind: str, layered_job: Job, arctic_trt: ArcticTrt) -> None:
     """Every layer boundary, just before and just after it is committed, and moments of chance between them."""
     job, draw = layered_job, random.Random(4)
-    job.flags = {"--tp_size": 2, "--qformat": qformat}
+    job.flags = {"--tp_size": 2, "--qformat": "full_prec" if kind == "full_prec" else "fp8"}
     expected = undisturbed(job)
+    if kind == "hidden states on disk":
+        recipe = {"model_dir": job.model_dir, "output_dir": job.output_dir, "calib_dataset": str(job.calib), "tp_size": 2}
+        job.flags["--memory_budget"] = spilling_budget(recipe)
     kills = 0
     for layer in range(LAYERS):
         record = f"/layer_{layer:04d}.json"
@@ -84,7 +88,8 @@ def test_killed_again_and_again_the_job_is_completed(qformat: str, layered_job: 
     assert kills >= 20
     assert arctic_trt(*job.argv("-q")) == DONE
     assert digests(job.output_dir) == expected
-    assert read_report(job.output_dir)["resumed_layers"] == LAYERS
+    report = read_report(job.output_dir)
+    assert report["resumed_layers"] == LAYERS and report["hidden_states_on_disk"] is (kind == "hidden states on disk")
     assert sorted(path.name for path in job.output_dir.iterdir()) == [*sorted(expected), "report"][: len(expected) + 1]
 
 
@@ -107,14 +112,14 @@ def test_interrupted_before_the_first_commit_nothing_is_left(layered_job: Job) -
 
 
 def test_kill_9_from_outside(long_job: Job, arctic_trt: ArcticTrt, started: Started) -> None:
-    for line in ("layer 2/48", "layer 9/48"):
+    for line in ("layer 2/48", "layer 24/48"):
         with started(long_job, line) as process:
             process.kill()
             assert process.wait() == -signal.SIGKILL
         assert "config.json" not in (tree(long_job.output_dir) or {})
     assert arctic_trt(*long_job.argv("-q")) == DONE
     resumed = lasting(long_job.output_dir)
-    assert read_report(long_job.output_dir)["resumed_layers"] >= 8
+    assert read_report(long_job.output_dir)["resumed_layers"] >= 22
     shutil.rmtree(long_job.output_dir)
     assert arctic_trt(*long_job.argv("-q")).code == 0
     assert lasting(long_job.output_dir) == resumed
@@ -158,6 +163,19 @@ def test_overwrite_starts_over_where_another_recipe_has_left_off(layered_job: Jo
     assert run_and_die(job.argv("-q"), Death(name="/layer_0003.json", after=True)).code == -signal.SIGKILL
     assert arctic_trt(*job.argv("-q", "--calib_size", 2, "--overwrite")) == DONE
     assert digests(job.output_dir) == expected and read_report(job.output_dir)["resumed_layers"] == 0
+
+
+def test_a_finished_checkpoint_that_another_job_began_to_overwrite_is_not_taken_for_finished(
+    layered_job: Job, arctic_trt: ArcticTrt
+) -> None:
+    job = layered_job
+    assert arctic_trt(*job.argv("-q")) == DONE
+    expected = digests(job.output_dir)
+    other = ["-q", "--overwrite", "--calib_size", 2]
+    assert run_and_die(job.argv(*other), Death(name=MARKER, after=True)).code == -signal.SIGKILL
+    done = arctic_trt(*job.argv("-q"))
+    assert done.code == 3 and "differs in calibration_ids, calib_size (2 then, 128 now)" in done.err
+    assert arctic_trt(*job.argv("-q", "--overwrite")) == DONE and digests(job.output_dir) == expected
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])

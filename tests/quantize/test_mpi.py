@@ -14,14 +14,11 @@ from typing import Any
 import pytest
 
 from arctic_trt.errors import RefusedError
-from arctic_trt.quantize.memory import estimate_peak
-from arctic_trt.quantize.pipeline import plan_quantization
-from arctic_trt.recipes import QuantizeRecipe
 from tests.conftest import Finished
 from tests.faults.dying import Death, run_and_die
 from tests.support.checkpoints import SMALL, TINY, Config, random_checkpoint, random_ids, write_samples
 from tests.support.engines import ROOT, mpi_environ, mpirun
-from tests.support.jobs import Job, digests, lasting, quantize, read_report
+from tests.support.jobs import Job, digests, lasting, quantize, read_report, spilling_budget
 
 pytestmark = pytest.mark.mpi
 
@@ -68,16 +65,7 @@ def recipe_of(case: Case, path: Path) -> dict[str, Any]:
 def argv_of(case: Case, path: Path, processes: int) -> list[str]:
     recipe = {**recipe_of(case, path), "output_dir": path / "four"}
     if case.spill:
-        plan = plan_quantization(QuantizeRecipe(**recipe), processes)
-        least = estimate_peak(
-            plan.source.config,
-            tokens=sum(case.lengths),
-            batch_tokens=max(case.lengths) * plan.recipe.batch_size,
-            workers=plan.workers,
-            depth=2,
-            spill=True,
-        )
-        recipe["memory_budget"] = str(processes * (least + 10))
+        recipe["memory_budget"] = str(spilling_budget(recipe, processes))
     return ["quantize", *(word for name, value in recipe.items() for word in (f"--{name}", str(value)))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from arctic_trt.quantize.memory import MemoryPlan
+from arctic_trt.quantize.memory import MIN_DEPTH, MemoryPlan, estimate_peak
 from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
 from arctic_trt.recipes import QuantizeRecipe
 from tests.support.checkpoints import Tensors
@@ -24,6 +24,21 @@ def quantize(
     plan = plan_quantization(QuantizeRecipe(model_dir=model_dir, output_dir=output_dir, **recipe))
     plan = replace(plan, workers=threads or plan.workers, memory=memory or plan.memory)
     return run_quantization(plan)
+
+
+def spilling_budget(recipe: dict[str, Any], processes: int = 1) -> int:
+    """A --memory_budget just large enough for this quantization with its hidden states on disk."""
+    plan = plan_quantization(QuantizeRecipe(**recipe), processes)
+    lengths = [len(sample) for sample in plan.samples]
+    least = estimate_peak(
+        plan.source.config,
+        tokens=sum(lengths),
+        batch_tokens=max(lengths) * plan.recipe.batch_size,
+        workers=plan.workers,
+        depth=MIN_DEPTH,
+        spill=True,
+    )
+    return processes * (least + 10)
 
 
 def read_ranks(directory: Path) -> list[Tensors]:
