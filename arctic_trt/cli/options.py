@@ -58,6 +58,22 @@ def output_options(command: Command) -> Command:
     return decorated  # type: ignore[no-any-return]
 
 
+def format_options(command: Command) -> Command:
+    """Add the flags that say what a checkpoint consists of: number formats and parallel sizes."""
+    for option in reversed(
+        (
+            click.option("--qformat", type=click.Choice(["fp8", "full_prec"]), help="Of the linear layers.  [default: fp8]"),
+            click.option("--kv_cache_dtype", type=click.Choice(["fp8", "none"]), help="[default: fp8, with full_prec none]"),
+            click.option("--tp_size", type=int, help="Tensor-parallel ranks.  [default: 8]"),
+            click.option("--pp_size", type=int, help="Pipeline stages.  [default: 1]"),
+            click.option("--moe_tp_size", type=int, help="Ranks that share an expert's rows.  [default: tp_size / moe_ep_size]"),
+            click.option("--moe_ep_size", type=int, help="Ranks that share the experts.  [default: 1]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def join_job(output: Output) -> Launch | None:
     """How this process was started; in an MPI job it is tied to the launcher, and only the first rank speaks."""
     tie_to_launcher()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, config_option, output_options
+from arctic_trt.cli.options import DIRECTORY, config_option, format_options, output_options
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -32,12 +32,7 @@ and activations take at most 92 % of its memory."""
 @click.command("plan", epilog=EPILOG, short_help="Forecast sizes, memory, disk, time and GPUs, from config.json alone.")
 @click.argument("model", metavar="MODEL_DIR_OR_CONFIG", type=click.Path(path_type=Path))
 @click.option("--output_dir", type=DIRECTORY, help="Refuse unless its disk has room.  [default: look at .]")
-@click.option("--qformat", type=click.Choice(["fp8", "full_prec"]), help="Of the linear layers.  [default: fp8]")
-@click.option("--kv_cache_dtype", type=click.Choice(["fp8", "none"]), help="[default: fp8, with full_prec none]")
-@click.option("--tp_size", type=int, help="Tensor-parallel ranks.  [default: 8]")
-@click.option("--pp_size", type=int, help="Pipeline stages.  [default: 1]")
-@click.option("--moe_tp_size", type=int, help="Ranks that share an expert's rows.  [default: tp_size / moe_ep_size]")
-@click.option("--moe_ep_size", type=int, help="Ranks that share the experts.  [default: 1]")
+@format_options
 @click.option("--calib_dataset", metavar="NAME", help="Not read; so that a recipe of quantize serves here too.")
 @click.option("--calib_size", type=int, help="Calibration samples.  [default: 128]")
 @click.option("--calib_max_seq_length", type=int, help="Tokens of each, at most.  [default: 512]")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, config_option, join_job, output_options
+from arctic_trt.cli.options import DIRECTORY, config_option, format_options, join_job, output_options
 from arctic_trt.cli.progress import LayerProgress
 from arctic_trt.output import Output, duration, gigabytes
 
@@ -27,12 +27,7 @@ Calibration data is a .jsonl file: {"text": ...}, {"messages": [...]} or {"input
 @click.option("--model_dir", type=DIRECTORY, help="Hugging Face checkpoint of Arctic, bf16.  [required]")
 @click.option("--output_dir", type=DIRECTORY, help="TensorRT-LLM checkpoint to write.  [required]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "auto"]), help="Of what is not quantized.  [default: bfloat16]")
-@click.option("--qformat", type=click.Choice(["fp8", "full_prec"]), help="Of the linear layers.  [default: fp8]")
-@click.option("--kv_cache_dtype", type=click.Choice(["fp8", "none"]), help="[default: fp8, with full_prec none]")
-@click.option("--tp_size", type=int, help="Tensor-parallel ranks.  [default: 8]")
-@click.option("--pp_size", type=int, help="Pipeline stages.  [default: 1]")
-@click.option("--moe_tp_size", type=int, help="Ranks that share an expert's rows.  [default: tp_size / moe_ep_size]")
-@click.option("--moe_ep_size", type=int, help="Ranks that share the experts.  [default: 1]")
+@format_options
 @click.option("--calib_dataset", metavar="FILE.jsonl|NAME", help="Calibration samples.  [default: the set that comes along]")
 @click.option("--calib_size", type=int, help="Use the first N samples.  [default: 128]")
 @click.option("--calib_max_seq_length", type=int, help="Cut samples at N tokens.  [default: 512]")
