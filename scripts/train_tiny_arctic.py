@@ -4,7 +4,8 @@
 
 It has every tensor, every key and the tokenizer layout of a released Arctic, so the tests can walk the whole way from a Hugging
 Face checkpoint to generated text, and a wrong scale or a swapped matrix shows as worse text instead of as other noise. The same
-seed, steps and threads give the same tokenizer and, on the same machine, the same weights. Takes a few minutes on two cores.
+seed, steps and threads give the same tokenizer and, on the same machine, the same weights. Takes a few minutes on two cores and
+needs torch 2.9 or newer.
 
 Legend of the shape suffixes: B batch, T tokens, D hidden, F ffn, E experts, V vocab.
 """

@@ -123,11 +123,11 @@ class LayerPass:
         if self.quant.fp8:
             attention, qkv, o = quantize_attention(attention, hf_layer(layer, "self_attn"), self._given.weights)
             mlp, fc, proj = quantize_mlp(mlp, hf_layer(layer, "residual_mlp"), self._given.weights)
-            attention, mlp = on_device(attention, "cpu"), on_device(mlp, "cpu")
             scales = dict(zip(DENSE_SCALES, (qkv, o, fc, fc, proj), strict=True))
             self._scales |= {weight_scale(f"{name}.weight"): scale for name, scale in scales.items()}
         else:
             weight_amax(_matrices(layer, dense))
+        attention, mlp = on_device(attention, "cpu"), on_device(mlp, "cpu")
         self.files.write_qkv(layer, ROWS["attention.qkv"], attention)
         for name, tensor in _plain(dense, attention, mlp).items():
             self.files.write_plain(layer, ROWS[name], tensor.cpu())
@@ -137,12 +137,11 @@ class LayerPass:
         prefix = hf_layer(layer, f"block_sparse_moe.experts.{expert}")
         if self.quant.fp8:
             weights, fc_scale, proj_scale = quantize_mlp(weights, prefix, self._given.weights)
-            weights = on_device(weights, "cpu")
             self._expert_scales["mlp.fc"][expert] = fc_scale
             self._expert_scales["mlp.proj"][expert] = proj_scale
         else:
             weight_amax({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w2", "w3")})
-        self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], weights)
+        self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], on_device(weights, "cpu"))
 
     def _write_scales(self, layer: int, observed: dict[str, Tensor]) -> None:
         for name, values in self._expert_scales.items():

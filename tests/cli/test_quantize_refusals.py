@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +302,20 @@ def test_bad_calibration_data(lines: list[str] | None, fragments: list[str], job
     if lines is not None:
         job.calib.write_text("\n".join(lines))
     refuse(job, arctic_trt, USAGE, job.calib, *fragments)
+
+
+def test_a_named_data_set_without_its_package(job: Job, arctic_trt: ArcticTrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(job.calib.parent / "cache"))
+    refuse(
+        job,
+        arctic_trt,
+        REFUSED,
+        "--calib_dataset cnn_dailymail needs the package datasets, which is not installed",
+        "pip install 'arctic-trt[datasets]'",
+        "--calib_dataset default",
+        flags=["--calib_dataset", "cnn_dailymail"],
+    )
 
 
 @pytest.mark.parametrize("sample", [{"text": "hello"}, {"messages": [{"role": "user", "content": "hello"}]}])

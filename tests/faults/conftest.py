@@ -30,7 +30,7 @@ def layered_job(job: Job, tmp_path: Path) -> Job:
 @pytest.fixture
 def long_job(job: Job, tmp_path: Path) -> Job:
     """A job of so many layers, each with so many batches, that it is still at work when a test gets there."""
-    write_samples(job.calib, random_ids(SMALL["vocab_size"], [16] * 60))
+    write_samples(job.calib, random_ids(SMALL["vocab_size"], [16] * 25))
     job.model_dir = random_checkpoint(tmp_path / "long", {**SMALL, "num_hidden_layers": 48})
     return job
 

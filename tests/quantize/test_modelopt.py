@@ -1,6 +1,6 @@
 """What NVIDIA ModelOpt computes, over models that are unlike each other: weights and their scales bit for bit.
 
-An activation's scale may be off by one step of bf16: an expert sees the tokens of all batches in one matrix product here and
+So are all scales of the tiny model. Of wider ones an activation's scale may be off by one step of bf16: an expert sees the tokens of all batches in one matrix product here and
 batch by batch there, and some machines' kernels sum in another order for another number of rows.
 """
 
@@ -112,14 +112,14 @@ def is_activation(name: str) -> bool:
     return name.endswith(("activation_scaling_factor", "kv_cache_scaling_factor"))
 
 
-def differing(found: list[Tensors], expected: list[Tensors]) -> list[str]:
-    """Names of the tensors that are not the same; activation scales are while within one step of bf16."""
+def differing(found: list[Tensors], expected: list[Tensors], *, exact: bool = False) -> list[str]:
+    """Names of the tensors that are not the same; activation scales are, unless ``exact``, while within one step of bf16."""
     names = []
     for rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert mine.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert (mine[name].dtype, mine[name].shape) == (tensor.dtype, tensor.shape), name
-            if is_activation(name):
+            if is_activation(name) and not exact:
                 same = torch.allclose(mine[name], tensor, rtol=BF16_STEP, atol=0)
             else:
                 same = mine[name].view(torch.uint8).equal(tensor.view(torch.uint8))
@@ -134,7 +134,7 @@ def test_every_tensor_of_every_rank_is_the_same(
 ) -> None:
     report = quantize(output_dir=tmp_path / "out", tp_size=tp_size, **write_inputs(name, tmp_path))
     found, expected = read_ranks(tmp_path / "out"), reference(name).export(tmp_path / "modelopt", tp_size)
-    assert len(found) == tp_size and not differing(found, expected)
+    assert len(found) == tp_size and not differing(found, expected, exact=name.startswith("tiny"))
     if name == "loud keys":
         assert all(found[0][f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"] > 2 for layer in (0, 1))
     if "64 experts" in name:
