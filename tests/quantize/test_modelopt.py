@@ -1,7 +1,8 @@
 """What NVIDIA ModelOpt computes, over models that are unlike each other: weights and their scales bit for bit.
 
-So are all scales of the tiny model. Of wider ones an activation's scale may be off by one step of bf16: an expert sees the tokens of all batches in one matrix product here and
-batch by batch there, and some machines' kernels sum in another order for another number of rows.
+So are all scales of the tiny model. Of wider ones an activation's scale may be off by one step of bf16: an expert sees the tokens
+of all batches in one matrix product here and batch by batch there, and some machines' kernels sum in another order for another
+number of rows.
 """
 
 from __future__ import annotations
