@@ -79,6 +79,7 @@ class QuantizeJob:
                 self._start_commit(summaries[-1])
                 self.on_layer(summaries[-1], self.meter)
         self._finish_commit()
+        self._free_rows()
         self._end()
         return self._report(summaries)
 
@@ -86,8 +87,13 @@ class QuantizeJob:
         self._syncing.shutdown(wait=True)
         self.pool.close()
         self.files.close()
+        self._free_rows()
+
+    def _free_rows(self) -> None:
+        """Give the hidden states' space back: what follows the last layer needs none of it."""
         if self.calibration:
             self.calibration.close()
+        self.calibration = None
 
     def _open_files(self) -> RankFiles:
         """Process 0 creates the files; the others wait for it and open what it created."""
