@@ -193,3 +193,14 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds a {type(raw).__name__}, expected a JSON object.", hint)
     return raw
+
+
+def parse_object(line: str, where: str, forms: str) -> dict[str, Any]:
+    """One line of a jsonl file; raises :class:`UsageError` that names the line and the ``forms`` it may have."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not valid JSON: {error}.", f"Expected {forms}.") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} holds a {type(value).__name__}, expected {forms}.")
+    return value

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arctic_trt.checkpoint.contract import parse_object
 from arctic_trt.checkpoint.output_dir import write_bytes
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def read_samples(path: Path, *, limit: int, max_tokens: int, vocab_size: int, to
         if len(samples) == limit:
             break
         where = f"{path} line {number}"
-        value = {"text": line.rstrip("\r\n")} if path.suffix == ".txt" else _parse(line, where)
+        value = {"text": line.rstrip("\r\n")} if path.suffix == ".txt" else parse_object(line, where, FORMS)
         ids = _sample(value, where, tokenizer)[:max_tokens]
         if not ids:
             raise UsageError(f"{where} has no tokens.", "Remove the line.")
@@ -131,16 +132,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where} is not valid JSON: {error}.", f"Expected {FORMS}.") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} holds a {type(value).__name__}, expected {FORMS}.")
-    return value
 
 
 def _sample(value: dict[str, Any], where: str, tokenizer: _Lazy) -> list[int]:

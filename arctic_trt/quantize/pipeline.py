@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,7 +26,6 @@ from arctic_trt.quantize.team import Solo, Team
 from arctic_trt.recipes import QuantizeRecipe
 
 REPORT = "report/quantize.json"
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

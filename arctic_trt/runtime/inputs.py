@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from arctic_trt.checkpoint.contract import parse_object
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
 
@@ -125,13 +125,7 @@ def _without_padding(row: list[int]) -> list[int]:
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
     for where, line in _lines(path):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{where} is not valid JSON: {error}.", f"Expected {FORMS}.") from None
-        if not isinstance(value, dict):
-            raise UsageError(f"{where} holds a {type(value).__name__}, expected {FORMS}.")
-        yield _from_object(value, where)
+        yield _from_object(parse_object(line, where, FORMS), where)
 
 
 def _from_object(value: dict[str, Any], where: str) -> Prompt:
