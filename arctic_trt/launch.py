@@ -19,6 +19,7 @@ PATIENCE_BEFORE_MPI_S = 4.0  # ranks start seconds apart on a busy machine
 PATIENCE_S = 1.0
 RANK_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 SIZE_KEYS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_MCA_orte", "OMPI_MCA_ess", "PMIX_", "PMI_", "PRTE_", "MV2_COMM_")
 LOCAL_SIZE_KEYS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
@@ -60,6 +61,11 @@ def local_threads(local_ranks: int) -> int:
     return plan_threads(os.cpu_count() or 1, len(os.sched_getaffinity(0)), local_ranks)
 
 
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for a child that is no rank of this process's job, though it may start MPI on its own."""
+    return {key: value for key, value in environ.items() if not key.startswith(RANK_PREFIXES)}
+
+
 def tie_to_launcher() -> None:
     """Have the kernel kill this process when its parent dies, and give Open MPI the HOME it insists on.
 
@@ -67,10 +73,14 @@ def tie_to_launcher() -> None:
     """
     if find_launch(os.environ) is None:
         return
+    os.environ.setdefault("HOME", "/tmp")
+    die_with_parent(os.getppid())
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent``, its parent, dies, or do so now if that has happened already."""
     import ctypes  # here, because every command line imports this module
 
-    os.environ.setdefault("HOME", "/tmp")
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was told
         os.kill(os.getpid(), signal.SIGKILL)

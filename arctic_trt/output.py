@@ -50,20 +50,30 @@ class Output:
         """A streamed fragment: stdout for a person, stderr when stdout is reserved for JSON."""
         print(text, end="", file=sys.stderr if self.json_mode else sys.stdout, flush=True)
 
-    def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, always: bool = False) -> None:
+    def table(
+        self,
+        title: str,
+        rows: Sequence[Sequence[str]],
+        header: Sequence[str] = (),
+        *,
+        always: bool = False,
+        styles: Mapping[str, str] | None = None,
+    ) -> None:
         """Names and values, or as many columns as ``header`` has, as part of the result for a person.
 
-        ``-q`` silences it unless ``always``: a table that is all a command was asked for.
+        ``-q`` silences it unless ``always``: a table that is all a command was asked for. On a terminal, cells that are a key
+        of ``styles`` are drawn in its style; all are shown as they are, brackets included.
         """
         if self.json_mode or (self.quiet and not always):
             return
         if sys.stdout.isatty() and not self.plain:
             from rich.console import Console
             from rich.table import Table
+            from rich.text import Text
 
-            table = Table(*(header or rows[0]), title=title, title_justify="left", show_header=bool(header))
+            table = Table(*(header or ["" for _ in rows[0]]), title=Text(title), title_justify="left", show_header=bool(header))
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in row))
             Console().print(table)
             return
         lines = [header, *rows] if header else rows

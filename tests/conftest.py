@@ -14,6 +14,9 @@ import torch
 from arctic_trt.cli.main import run_cli
 from tests.support.checkpoints import SMALL, TINY, random_checkpoint, random_ids, write_samples
 from tests.support.jobs import Job
+from tests.trtllm_standin.fixtures import trtllm_standin
+
+__all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conftest
 
 torch.set_num_threads(1)
 

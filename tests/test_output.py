@@ -56,6 +56,23 @@ def test_a_terminal_gets_a_drawn_table(capsys: pytest.CaptureFixture[str], monke
     assert "Title" in out and "1.00 GB" in out and out.count("\n") > len(ROWS) + 1
 
 
+def test_cells_are_drawn_as_they_are_and_some_in_a_style(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("pip install 'arctic-trt[mpi]'", "works"), ("works badly", "[red]")]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for key, value in {"TERM": "xterm-256color", "FORCE_COLOR": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    Output().table("Title [1]", rows, ("do", "verdict"), styles={"works": "green"})
+    out = capsys.readouterr().out
+    assert "Title [1]" in out and "'arctic-trt[mpi]'" in out and "[red]" in out
+    assert "\x1b[32mworks" in out and out.count("\x1b[32m") == 1
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    Output().table("Title", rows, styles={"works": "green"})
+    assert "\x1b" not in capsys.readouterr().out, "a log has no colours"
+
+
 @pytest.mark.parametrize(
     ("verbosity", "said"), [(-1, ["error"]), (0, ["info", "warning", "error"]), (1, ["debug", "info", "warning", "error"])]
 )

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 MARKER = ".arctic-trt-unfinished"
 JOURNAL = ".arctic-trt-journal"
+OWN_DIRECTORIES = ("report", "logs", JOURNAL)
 OWN_NAMES = re.compile(
-    rf"rank\d+\.safetensors|config\.json|report/[a-z_]+\.json|{re.escape(JOURNAL)}/[a-z0-9_.-]+|"
+    r"rank\d+\.safetensors|rank\d+\.engine|rank\d+_managed_weights\.safetensors|quant_cfg\.json|config\.json|build\.json|"
+    rf"logs/rank\d+\.log|report/[a-z_]+\.json|{re.escape(JOURNAL)}/[a-z0-9_.-]+|{re.escape(JOURNAL)}/rank\d+/[A-Za-z0-9_./-]+|"
     + "|".join(re.escape(name) for name in tokenizer.FILES)
 )
 
@@ -53,7 +55,7 @@ class OutputDir:
     def check(self) -> None:
         """Refuse what entering would refuse, without touching anything."""
         if self.path.is_dir():
-            os.close(_lock(self.path))
+            os.close(lock_directory(self.path))
         self._check_content()
 
     def is_ours(self) -> bool:
@@ -64,7 +66,7 @@ class OutputDir:
         found = read_marker(self.path)
         differs = found is not None and found.get("fingerprint") and found != self._marker
         if differs and not self.overwrite:
-            raise _mismatch(self.path, found or {}, self._marker)
+            raise mismatch(self.path, found or {}, self._marker)
         check_occupied(self.path, overwrite=self.overwrite)
 
     def __enter__(self) -> OutputDir:
@@ -72,7 +74,7 @@ class OutputDir:
         self._created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = lock_directory(self.path)
             self._claim()
         except OSError as error:
             self._give_up()
@@ -114,7 +116,7 @@ class OutputDir:
         """Unmark a directory that an earlier run completed, but had no time to unmark."""
         if read_marker(self.path) is None:
             return
-        self._lock = _lock(self.path)
+        self._lock = lock_directory(self.path)
         try:
             self._unmark()
         finally:
@@ -171,14 +173,15 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     return marker if isinstance(marker, dict) else {}
 
 
-def _lock(path: Path) -> int:
+def lock_directory(path: Path, *, shared: bool = False) -> int:
     """Lock the directory for as long as the returned descriptor is open, which no crash outlives.
 
-    The directory, not the marker: whoever comes second must find the lock before there is a marker, and before replacing it.
+    ``shared`` keeps out those who lock it for themselves, and only those. It is the directory that is locked, not the marker:
+    whoever comes second must find the lock before there is a marker, and before replacing it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise RefusedError(f"Another process is writing {path}.", "Wait for it, or choose another --output_dir.") from None
@@ -187,7 +190,8 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _mismatch(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> RefusedError:
+def mismatch(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> RefusedError:
+    """The refusal to continue ``found``, a marker, as the job of ``wanted``, naming what differs."""
     then, now = found["fingerprint"], wanted["fingerprint"]
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key)] or ["kind"]
     shown = ", ".join(f"{key} ({then[key]} then, {now[key]} now)" if _is_short(then, now, key) else key for key in changed)
@@ -248,9 +252,10 @@ def clear(path: Path) -> None:
             (path / name).unlink()
         if name == "config.json":
             sync_directory(path)
-    for directory in ("report", JOURNAL):
-        with suppress(OSError):
-            (path / directory).rmdir()  # unless somebody else's files are in it
+    for directory in sorted((item for item in path.rglob("*") if item.is_dir()), reverse=True):
+        if directory.relative_to(path).parts[0] in OWN_DIRECTORIES:
+            with suppress(OSError):
+                directory.rmdir()  # unless somebody else's files are in it
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

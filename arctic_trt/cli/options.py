@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,24 @@ class Several(click.Option):
                     take_one(state.rargs.pop(0), state)
 
             registered.process = process
+
+
+class SectionedCommand(click.Command):
+    """A command whose help has sections: ``sections`` maps names of options to titles, the others come first."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                records.setdefault(self._sections.get(parameter.name or "", "Options"), []).append(record)
+        for title, lines in records.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
 
 
 def output_options(command: Command) -> Command:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, config_option, format_options, output_options
+from arctic_trt.cli.options import DIRECTORY, FILE, config_option, format_options, output_options
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -43,13 +43,15 @@ and activations take at most 92 % of its memory."""
 @click.option("--max_num_tokens", type=int, help="Tokens of a step.  [default: 8192]")
 @click.option("--seconds", type=float, help="Measure this machine for so long, at most 60.  [default: 10]")
 @click.option("--no_measure", is_flag=True, default=None, help="Do not measure this machine, and give no time.")
+@click.option("--engine_config", type=FILE, help="Plan for a recipe of build: its limits, ranks and number formats.")
 @config_option
 @output_options
-def command(output: Output, config: Path | None, **flags: Any) -> None:
+def command(output: Output, config: Path | None, engine_config: Path | None, **flags: Any) -> None:
     """Forecast what quantizing a checkpoint takes and which GPUs its engines fit, before anything is downloaded."""
     from arctic_trt.recipes import PlanRecipe, resolve
 
-    recipe = resolve(PlanRecipe, flags, config)
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = resolve(PlanRecipe, {**_of_engine(engine_config), **given}, config)
     from arctic_trt.report.plan import forecast, read_source
 
     source = read_source(recipe.model)
@@ -68,6 +70,17 @@ def command(output: Output, config: Path | None, **flags: Any) -> None:
         output.note(f"warning: {sentence}")
     if fatal:
         raise fatal[0]
+
+
+def _of_engine(path: Path | None) -> dict[str, Any]:
+    """What a recipe of ``arctic-trt build`` says about memory; nothing without one."""
+    from arctic_trt.recipes import BuildRecipe, resolve
+
+    if path is None:
+        return {}
+    build = resolve(BuildRecipe, {"checkpoint_dir": Path(), "output_dir": Path()}, path)
+    sizes = {name: getattr(build, name) for name in ("max_batch_size", "max_seq_len", "max_num_tokens")}
+    return {**sizes, **(build.expects.model_dump(exclude={"machine"}) if build.expects else {})}
 
 
 def _load(recipe: PlanRecipe, source: Source) -> Load:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, FILE, Several, output_options
+from arctic_trt.cli.options import DIRECTORY, FILE, SectionedCommand, Several, output_options
 from arctic_trt.output import Output, duration
 
 if TYPE_CHECKING:
@@ -21,7 +21,27 @@ Example, the official recipe's third step, on the eight ranks of an engine with 
 An engine of one rank runs without mpirun. Without --temperature, --top_k and --top_p the likeliest token is taken."""
 
 
-@click.command("run", epilog=EPILOG, short_help="Generate text with an engine, alone or under mpirun.")
+TENSORRT = "TensorRT engines"
+RUNTIME = (
+    "kv_cache_free_gpu_memory_fraction",
+    "max_tokens_in_paged_kv_cache",
+    "kv_cache_enable_block_reuse",
+    "enable_chunked_context",
+    "gpu_weights_percent",
+    "cuda_graph_mode",
+    "use_gpu_direct_storage",
+    "no_memory_check",
+)
+"""Settings of TensorRT-LLM's runtime, by the names of its own run script; the last is ours."""
+
+
+@click.command(
+    "run",
+    cls=SectionedCommand,
+    sections=dict.fromkeys(RUNTIME, TENSORRT),
+    epilog=EPILOG,
+    short_help="Generate text with an engine, alone or under mpirun.",
+)
 @click.option("--engine_dir", type=DIRECTORY, required=True, help="Engine directory, as arctic-trt build writes it.")
 @click.option("--tokenizer_dir", type=DIRECTORY, help="Directory of tokenizer.json.  [default: --engine_dir]")
 @click.option("--max_output_len", type=int, required=True, help="Generate at most N tokens a prompt.")
@@ -36,11 +56,19 @@ An engine of one rank runs without mpirun. Without --temperature, --top_k and --
 @click.option("--stop_words", cls=Several, metavar="TEXT ...", help="Texts before which an output ends.")
 @click.option("--chat", is_flag=True, help="Take prompts as a user's message under the chat template.")
 @click.option("--streaming", is_flag=True, help="Print text as it comes.")
+@click.option("--kv_cache_free_gpu_memory_fraction", type=float, help="Of free GPU memory, for the KV cache.  [default: 0.9]")
+@click.option("--max_tokens_in_paged_kv_cache", type=int, help="Tokens in the KV cache, at most.")
+@click.option("--kv_cache_enable_block_reuse", is_flag=True, help="Share the KV cache of equal beginnings.")
+@click.option("--enable_chunked_context", is_flag=True, help="Cut long prompts into several steps.")
+@click.option("--gpu_weights_percent", type=float, help="Share of the weights kept on the GPU.  [default: 1]")
+@click.option("--cuda_graph_mode", is_flag=True, help="Record decode steps as CUDA graphs.")
+@click.option("--use_gpu_direct_storage", is_flag=True, help="Load past host memory.")
+@click.option("--no_memory_check", is_flag=True, help="Load even where host memory may not suffice.")
 @click.option("--output_npy", type=FILE, help="Write token ids, int32 [batch, 1, longest].")
 @click.option("--output_csv", type=FILE, help="Write token ids, a line a sequence.")
 @click.option("--output_logits_npy", type=FILE, help="Write the prompts' logits, float32 [batch, longest prompt, vocab].")
 @output_options
-def command(output: Output, streaming: bool, **flags: Any) -> None:
+def command(output: Output, **flags: Any) -> None:
     """Generate text with an engine: alone for an engine of one rank, under mpirun -n N for one of N."""
     from arctic_trt.launch import is_leader, tie_to_launcher
 
@@ -49,8 +77,9 @@ def command(output: Output, streaming: bool, **flags: Any) -> None:
         logging.getLogger("arctic_trt").setLevel(logging.ERROR)
     from arctic_trt.runtime.runner import run
 
-    stream = _Stream(output) if streaming else None
-    result = run(_options(**flags), stream.piece) if stream else run(_options(**flags))
+    options = _options(**flags)
+    stream = _Stream(output) if options.streaming else None
+    result = run(options, stream.piece) if stream else run(options)
     if result is not None:
         _show(result, output, stream)
 
@@ -63,13 +92,15 @@ def _options(
     random_seed: int | None,
     **flags: Any,
 ) -> RunOptions:
+    from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
     from arctic_trt.runtime.runner import RunOptions
     from arctic_trt.runtime.sampler import plan_sampling
 
     sampling = plan_sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=random_seed
     )
-    return RunOptions(sampling=sampling, **flags)
+    runtime = RuntimeOptions(**{name: flags.pop(name) for name in RUNTIME})
+    return RunOptions(sampling=sampling, runtime=runtime, **flags)
 
 
 class _Stream:

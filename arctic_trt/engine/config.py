@@ -12,9 +12,10 @@ from typing import Any
 
 from arctic_trt import __version__
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, read_json
-from arctic_trt.errors import UsageError
+from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping
+from arctic_trt.recipes.build import Expects
 
 TORCH, TENSORRT_LLM = "torch", "tensorrt_llm"
 BACKENDS = (TORCH, TENSORRT_LLM)
@@ -54,8 +55,11 @@ def plan_build_config(
     max_seq_len: int | None = None,
     max_num_tokens: int = 8192,
     max_beam_width: int = 1,
+    beam_search: bool = False,
 ) -> BuildConfig:
     """Complete and check the limits: ``max_seq_len`` follows the model, ``max_input_len`` follows ``max_seq_len``.
+
+    ``beam_search`` is whether the backend can do it.
 
     Raises :class:`UsageError` naming the flag that does not fit.
     """
@@ -77,7 +81,7 @@ def plan_build_config(
         )
     if input_len > seq_len:
         raise UsageError(f"--max_input_len {input_len} exceeds --max_seq_len {seq_len}.", "The prompt is part of the sequence.")
-    if max_beam_width != 1:
+    if max_beam_width != 1 and not beam_search:
         raise UsageError(f"--max_beam_width {max_beam_width} is not supported, expected 1.", "Sample instead of searching.")
     return BuildConfig(
         max_batch_size=max_batch_size,
@@ -91,6 +95,37 @@ def plan_build_config(
 def is_engine_config(raw: dict[str, Any]) -> bool:
     """Whether a decoded ``config.json`` is an engine's, ours or TensorRT-LLM's."""
     return isinstance(raw.get("pretrained_config"), dict) and isinstance(raw.get("build_config"), dict)
+
+
+def check_expectations(expects: Expects | None, mapping: Mapping, quant: QuantFormat, source: str) -> None:
+    """Raise :class:`UsageError` where the checkpoint ``source`` is not what a recipe was computed for."""
+    if expects is None:
+        return
+    found = {
+        "tp_size": mapping.tp_size,
+        "pp_size": mapping.pp_size,
+        "qformat": "fp8" if quant.fp8 else "full_prec",
+        "kv_cache_dtype": "fp8" if quant.kv_fp8 else "none",
+    }
+    for key, value in found.items():
+        wanted = getattr(expects, key)
+        if wanted != value:
+            raise UsageError(
+                f"{source} has {key} {value}, but this recipe for {expects.machine} expects {wanted}.",
+                f"Quantize with --{key} {wanted}, or take another recipe.",
+            )
+
+
+def check_engine_dir(output_dir: Path, checkpoint_dir: Path) -> None:
+    """Raise :class:`RefusedError` where the engine would take the place of the checkpoint, or of anything but an engine."""
+    if output_dir.resolve() == checkpoint_dir.resolve():
+        raise RefusedError(f"--output_dir {output_dir} is the checkpoint itself.", "Choose another --output_dir.")
+    config = output_dir / "config.json"
+    if config.is_file() and not is_engine_config(read_json(config, "Choose another --output_dir.")):
+        raise RefusedError(
+            f"--output_dir {output_dir} holds something that is not an engine, and is not overwritten.",
+            "Choose another --output_dir.",
+        )
 
 
 def plan_engine_config(backend: str, pretrained_config: dict[str, Any], build_config: BuildConfig) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class Tokenizer:
         """Ids of plain text, beginning with ``<s>``."""
         return list(self._hf(text)["input_ids"])
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids of plain text alone, without ``<s>``."""
+        return list(self._hf(text, add_special_tokens=False)["input_ids"])
+
     def encode_chat(self, messages: list[dict[str, str]], *, reply: bool) -> list[int]:
         """Ids of a conversation under the chat template; ``reply`` opens the assistant's turn at the end."""
         if not self._hf.chat_template:

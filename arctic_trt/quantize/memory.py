@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.machine import available_memory
 from arctic_trt.model.config import ArcticConfig
 
 BASE_BYTES = 350 << 20
@@ -59,7 +59,7 @@ def estimate_peak(config: ArcticConfig, *, tokens: int, batch_tokens: int, worke
 
 def default_budget() -> int:
     """A safe share of what is free now, also inside a container."""
-    return int(SAFE_SHARE * min(_available(), _cgroup_limit()))
+    return int(SAFE_SHARE * available_memory())
 
 
 def parse_size(text: str) -> int:
@@ -73,20 +73,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise UsageError(f"--memory_budget {text!r} is not positive.")
     return size
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RefusedError("/proc/meminfo does not say how much memory is available.", "Pass --memory_budget.")
-
-
-def _cgroup_limit() -> int:
-    """What a container may still take, by its control group; without a limit, no bound."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
-    except OSError:
-        return 2**63
-    return 2**63 if limit == "max" else max(0, int(limit) - used)

@@ -234,7 +234,7 @@ def _mpi_world() -> Any:
             f"An engine of several ranks needs mpi4py and an MPI library, which cannot be loaded ({reason}).",
             "pip install 'arctic-trt[mpi]'",
         ) from None
-    return MPI.COMM_WORLD
+    return MPI.COMM_WORLD.Dup()  # our messages stay apart from those of a library that uses the world itself, as TensorRT-LLM
 
 
 def _count_local_ranks(world: Any) -> int:

@@ -53,8 +53,8 @@ class PromptLogits:
         self._logits: npt.NDArray[np.float32] = np.lib.format.open_memmap(self._partial, "w+", np.float32, shape)
 
     def write(self, index: int, start: int, logits_WV: Tensor) -> None:
-        """Logits of prompt ``index`` at positions ``start`` and on."""
-        self._logits[index, start : start + len(logits_WV)] = logits_WV.numpy()
+        """Logits of prompt ``index`` at positions ``start`` and on; columns that pad the vocabulary are left out."""
+        self._logits[index, start : start + len(logits_WV)] = logits_WV[:, : self._logits.shape[2]].numpy()
 
     def finish(self) -> None:
         self._logits.flush()  # type: ignore[attr-defined]  # a memmap

@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arctic_trt.engine.backends import HOW_TO_GET, tensorrt_llm_installed
-from arctic_trt.engine.config import TORCH, EngineConfig, read_engine_config
-from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.engine.config import EngineConfig, read_engine_config
+from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
+from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import FILES, Tokenizer
-from arctic_trt.runtime.communicator import Communicator, agreement, connect
+from arctic_trt.runtime.backends import Backend, Work, make_backend
+from arctic_trt.runtime.communicator import agreement, connect
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
-from arctic_trt.runtime.generate import Completion, Listeners, OnPiece, generate
+from arctic_trt.runtime.generate import Completion, Listeners, OnPiece
 from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
 from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy
 from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests
 from arctic_trt.runtime.sampler import Sampling
-from arctic_trt.runtime.worker import Worker, load_worker
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class RunOptions:
     sampling: Sampling = field(default_factory=Sampling)
     end_id: int | None = None
     stop_words: tuple[str, ...] = ()
+    streaming: bool = False
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     output_npy: Path | None = None
     output_csv: Path | None = None
     output_logits_npy: Path | None = None
@@ -95,48 +97,24 @@ def run(options: RunOptions, on_piece: OnPiece = lambda index, piece: None) -> R
     """Generate; returns the result on rank 0 and None on the others.
 
     ``on_piece`` is called on rank 0 with (prompt index, text) as text becomes certain. Raises :class:`UsageError` for options
-    and inputs that do not fit, :class:`RefusedError` for a wrong number of ranks or a backend that is absent, and
+    and inputs that do not fit, :class:`RefusedError` for a wrong number of ranks or a machine that cannot run the engine, and
     :class:`CheckpointError` for broken engine files; all ranks raise together, with the lowest failing rank's message.
     """
     engine = read_engine_config(options.engine_dir)
-    _check_backend(engine, options.engine_dir)
-    config, mapping, quant = engine.network(str(options.engine_dir / "config.json"))
+    config, mapping, _ = engine.network(str(options.engine_dir / "config.json"))
     comm = connect(mapping)
+    logits_asked = options.output_logits_npy is not None
+    backend = make_backend(options.engine_dir, engine, comm, options.runtime, prompt_logits=logits_asked)
     with agreement(comm):
         job = _plan(options, engine, config.vocab_size) if comm.rank == 0 else None
-        worker = load_worker(options.engine_dir, config, quant, mapping.rank(comm.rank), comm)
+        backend.check()
+    backend.load(job.requests if job else None)
     if job is None:
-        worker.follow()
+        backend.follow()
         return None
-    return _lead(options, engine, job, worker, comm, on_piece)
-
-
-def _lead(
-    options: RunOptions, engine: EngineConfig, job: Job, worker: Worker, comm: Communicator, on_piece: OnPiece
-) -> RunResult:
-    listeners, logits = Listeners(on_piece=on_piece), None
-    if options.output_logits_npy is not None:
-        vocab_size = worker.network.config.vocab_size
-        logits = PromptLogits(options.output_logits_npy, [request.prompt for request in job.requests], vocab_size)
-        listeners = Listeners(on_piece=on_piece, on_prompt_logits=logits.write)
     began = time.perf_counter()
-    try:
-        completions = generate(
-            worker.lead,
-            job.requests,
-            engine.build_config,
-            detokenizer=_detokenizer_of(job.tokenizer),
-            stop_words=options.stop_words,
-            listeners=listeners,
-        )
-        seconds = time.perf_counter() - began
-        worker.dismiss()
-        if logits is not None:
-            logits.finish()
-    except BaseException:
-        if logits is not None:
-            logits.abandon()
-        raise
+    completions = _complete(options, backend, job, config.vocab_size, on_piece)
+    seconds = time.perf_counter() - began
     _write_rows(options, completions, job.pad)
     return RunResult(
         prompts=[prompt.shown for prompt in job.prompts],
@@ -147,15 +125,25 @@ def _lead(
     )
 
 
-def _check_backend(engine: EngineConfig, engine_dir: Path) -> None:
-    if engine.backend == TORCH:
-        return
-    if not tensorrt_llm_installed():
-        raise RefusedError(f"{engine_dir} is a TensorRT-LLM engine, but tensorrt_llm is not installed.", HOW_TO_GET)
-    raise RefusedError(
-        f"{engine_dir} is a TensorRT-LLM engine, which this version cannot run.",
-        "Build the checkpoint with --backend torch, or run the engine with TensorRT-LLM's own run script.",
+def _complete(options: RunOptions, backend: Backend, job: Job, vocab_size: int, on_piece: OnPiece) -> list[Completion]:
+    work = Work(
+        requests=job.requests,
+        tokenizer=job.tokenizer,
+        detokenizer=_detokenizer_of(job.tokenizer),
+        stop_words=options.stop_words,
+        pad=job.pad,
+        streaming=options.streaming,
     )
+    if options.output_logits_npy is None:
+        return backend.complete(work, Listeners(on_piece=on_piece))
+    logits = PromptLogits(options.output_logits_npy, [request.prompt for request in job.requests], vocab_size)
+    try:
+        completions = backend.complete(work, Listeners(on_piece=on_piece, on_prompt_logits=logits.write))
+        logits.finish()
+    except BaseException:
+        logits.abandon()
+        raise
+    return completions
 
 
 def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -114,24 +113,8 @@ def test_no_memory_at_all_is_refused(text: str) -> None:
 
 
 def test_the_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available", lambda: 1000)
-    monkeypatch.setattr(memory, "_cgroup_limit", lambda: 2**63)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     assert default_budget() == 700
-    monkeypatch.setattr(memory, "_cgroup_limit", lambda: 500)
-    assert default_budget() == 350
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "left"), [("max", "5", 2**63), ("1000", "400", 600), ("1000", "4000", 0), (None, None, 2**63)]
-)
-def test_a_containers_limit_counts(
-    limit: str | None, used: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if limit is not None:
-        (tmp_path / "memory.max").write_text(limit + "\n")
-        (tmp_path / "memory.current").write_text(used + "\n")
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path)
-    assert memory._cgroup_limit() == left
 
 
 def test_a_plan_is_a_value() -> None:

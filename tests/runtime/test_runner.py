@@ -146,12 +146,12 @@ def test_a_damaged_rank_file_is_named(tiny: Model, tmp_path: Path, damage: Any, 
 
 
 def test_a_failing_run_leaves_no_files(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from arctic_trt.runtime import runner
+    from arctic_trt.runtime import backends
 
     def fail(*args: object, **options: object) -> None:
         raise ArcticTrtError("halfway")
 
-    monkeypatch.setattr(runner, "generate", fail)
+    monkeypatch.setattr(backends, "generate", fail)
     with pytest.raises(ArcticTrtError, match="halfway"):
         finish(tiny.engine("fp8"), output_logits_npy=tmp_path / "l.npy", output_npy=tmp_path / "o.npy")
     assert list(tmp_path.iterdir()) == []

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arctic_trt.checkpoint.contract import rank_file, read_json
+from arctic_trt.checkpoint.contract import rank_file
 from arctic_trt.checkpoint.layout import FileLayout, plan_layout
 from arctic_trt.checkpoint.output_dir import OutputDir, check_occupied, check_space
 from arctic_trt.checkpoint.tensors import TensorFile, TensorFileWriter
 from arctic_trt.checkpoint.trtllm import TrtCheckpoint
-from arctic_trt.engine.config import TORCH, BuildConfig, is_engine_config, plan_engine_config
+from arctic_trt.engine.config import TORCH, BuildConfig, check_engine_dir, plan_engine_config
 from arctic_trt.engine.torch.format import EngineTensor, How, plan_engine_tensors, weight_scale_twins
-from arctic_trt.errors import CheckpointError, RefusedError
+from arctic_trt.errors import CheckpointError
 from arctic_trt.model import tokenizer
 from arctic_trt.model.mapping import Rank
 
@@ -62,7 +62,7 @@ def plan_torch_build(
     Raises :class:`RefusedError` where the output directory is the checkpoint, holds an engine (unless ``overwrite``) or
     anything else, or lies on a disk that is too full.
     """
-    _refuse_other_contents(output_dir, checkpoint.checkpoint_dir)
+    check_engine_dir(output_dir, checkpoint.checkpoint_dir)
     check_occupied(output_dir, overwrite=overwrite)
     ranks = checkpoint.mapping.ranks()
     tensors = [plan_engine_tensors(checkpoint.config, rank, checkpoint.quant) for rank in ranks]
@@ -164,14 +164,3 @@ def _require_equal(names: tuple[str, ...], source: TensorFile) -> None:
                 "same input in one multiplication and must share their scales.",
                 "Quantize again with arctic-trt quantize.",
             )
-
-
-def _refuse_other_contents(output_dir: Path, checkpoint_dir: Path) -> None:
-    if output_dir.resolve() == checkpoint_dir.resolve():
-        raise RefusedError(f"--output_dir {output_dir} is the checkpoint itself.", "Choose another --output_dir.")
-    config = output_dir / "config.json"
-    if config.is_file() and not is_engine_config(read_json(config, "Choose another --output_dir.")):
-        raise RefusedError(
-            f"--output_dir {output_dir} holds something that is not an engine, and is not overwritten.",
-            "Choose another --output_dir.",
-        )

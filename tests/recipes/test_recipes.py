@@ -12,7 +12,7 @@ from arctic_trt.errors import UsageError
 from arctic_trt.quantize.data import BUILT_IN, NAMED
 from arctic_trt.recipes import PlanRecipe, QuantizeRecipe, read_yaml, resolve
 
-CALIB = sorted((Path(__file__).parents[1] / "calib").glob("*.yaml"))
+CALIB = sorted((Path(__file__).parents[2] / "calib").glob("*.yaml"))
 REQUIRED = {"model_dir": Path("model"), "output_dir": Path("out")}
 
 

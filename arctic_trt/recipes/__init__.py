@@ -1,0 +1,7 @@
+"""What a command is asked to do, checked once at the boundary: flags over a YAML file over defaults, unknown keys refused."""
+
+from arctic_trt.recipes.base import Recipe, read_yaml, resolve
+from arctic_trt.recipes.build import BuildRecipe
+from arctic_trt.recipes.quantize import PlanRecipe, QuantizeRecipe
+
+__all__ = ["BuildRecipe", "PlanRecipe", "QuantizeRecipe", "Recipe", "read_yaml", "resolve"]

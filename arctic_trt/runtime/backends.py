@@ -1,0 +1,149 @@
+"""The two ways to run an engine, behind the verbs of a run: load on all ranks, complete on the first, follow on the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from arctic_trt.engine.config import TORCH, EngineConfig
+from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
+from arctic_trt.launch import find_launch
+from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.detokenizer import Detokenizer
+from arctic_trt.runtime.generate import Completion, Listeners, generate
+from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
+from arctic_trt.runtime.worker import Worker, load_worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What rank 0 has to complete. ``pad`` is the id that ends a sequence, -1 if none does."""
+
+    requests: list[Request]
+    tokenizer: Tokenizer | None
+    detokenizer: Callable[[], Detokenizer | None]
+    stop_words: tuple[str, ...]
+    pad: int
+    streaming: bool
+
+
+class Backend(Protocol):
+    """One rank of an engine."""
+
+    def check(self) -> None:
+        """Refuse before loading; all ranks agree on the outcome."""
+
+    def load(self, requests: Sequence[Request] | None) -> None:
+        """Load this rank; ``requests`` on rank 0 alone. All ranks call it."""
+
+    def complete(self, work: Work, listeners: Listeners) -> list[Completion]:
+        """On rank 0: complete all requests, then let the other ranks go."""
+
+    def follow(self) -> None:
+        """On the other ranks: take part until rank 0 is done."""
+
+
+class TorchBackend:
+    """The portable engine."""
+
+    def __init__(self, engine_dir: Path, engine: EngineConfig, comm: Communicator) -> None:
+        self._engine_dir = engine_dir
+        self._engine = engine
+        self._comm = comm
+        self._worker: Worker | None = None
+
+    def check(self) -> None:
+        config, mapping, quant = self._engine.network()
+        self._worker = load_worker(self._engine_dir, config, quant, mapping.rank(self._comm.rank), self._comm)
+
+    def load(self, requests: Sequence[Request] | None) -> None:
+        return  # checking a rank is reading it
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None, "check comes first"
+        return self._worker
+
+    def complete(self, work: Work, listeners: Listeners) -> list[Completion]:
+        completions = generate(
+            self.worker.lead,
+            work.requests,
+            self._engine.build_config,
+            detokenizer=work.detokenizer,
+            stop_words=work.stop_words,
+            listeners=listeners,
+        )
+        self.worker.dismiss()
+        return completions
+
+    def follow(self) -> None:
+        self.worker.follow()
+
+
+class TrtLlmBackend:
+    """TensorRT-LLM's own runtime."""
+
+    def __init__(
+        self, engine_dir: Path, engine: EngineConfig, comm: Communicator, options: RuntimeOptions, *, prompt_logits: bool
+    ) -> None:
+        self._engine_dir = engine_dir
+        self._max_batch_size = engine.build_config.max_batch_size
+        self._comm = comm
+        self._options = options
+        self._prompt_logits = prompt_logits
+        self._session: TrtLlmSession | None = None
+
+    def check(self) -> None:
+        launch = find_launch(os.environ)
+        local_ranks = (launch.local_size if launch else None) or self._comm.world_size
+        check_engine(self._engine_dir, self._comm, local_ranks, self._options, prompt_logits=self._prompt_logits)
+
+    def load(self, requests: Sequence[Request] | None) -> None:
+        self._session = open_session(self._engine_dir, self._comm, requests, self._max_batch_size, self._options)
+
+    def complete(self, work: Work, listeners: Listeners) -> list[Completion]:
+        assert self._session is not None, "load comes first"
+        if self._session.gathers_logits:
+            logger.warning("This engine gathers logits, so that prompts run one at a time and their text comes all at once.")
+        completions = generate_with_trtllm(
+            self._session,
+            work.requests,
+            self._max_batch_size,
+            pad=work.pad,
+            tokenizer=work.tokenizer,
+            detokenizer=work.detokenizer,
+            stop_words=work.stop_words,
+            listeners=listeners,
+            streaming=work.streaming,
+        )
+        self._leave()
+        return completions
+
+    def follow(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Wait asleep for all ranks: one that let go earlier would wait within TensorRT-LLM, which keeps a core busy."""
+        self._comm.gather_all(None)
+        if self._session is not None:
+            self._session.close()
+
+
+def make_backend(
+    engine_dir: Path, engine: EngineConfig, comm: Communicator, options: RuntimeOptions, *, prompt_logits: bool
+) -> Backend:
+    """The backend that ``engine_dir`` was built for."""
+    if engine.backend == TORCH:
+        if options.given() and comm.rank == 0:
+            flags = ", ".join(f"--{name}" for name in options.given())
+            logger.warning("%s: without effect, the torch backend has no such settings.", flags)
+        return TorchBackend(engine_dir, engine, comm)
+    return TrtLlmBackend(engine_dir, engine, comm, options, prompt_logits=prompt_logits)

@@ -1,0 +1,227 @@
+"""A run on a TensorRT engine: the same requests, the same pieces of text, the same completions as from the torch backend.
+
+TensorRT-LLM batches, schedules and samples; what it does not know is done here, token by token as it hands them out: text, stop
+words that begin in the middle of a token, several end tokens, and why a sequence ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from arctic_trt.engine.backends import HOW_TO_GET
+from arctic_trt.engine.tensorrt_llm.checks import (
+    EngineFacts,
+    check_gpus,
+    check_host_memory,
+    check_options,
+    check_versions,
+    read_engine_facts,
+)
+from arctic_trt.engine.tensorrt_llm.session import NO_END, Decoding, RuntimeOptions, Shape, TrtLlmSession
+from arctic_trt.engine.tensorrt_llm.versions import installed_versions
+from arctic_trt.errors import RefusedError
+from arctic_trt.machine import available_memory, query_gpus
+from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
+from arctic_trt.runtime.generate import Completion, Listeners, Writer
+from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.sampler import Sampling, request_generator
+
+MAX_TOP_K = 1024
+logger = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What :class:`TrtLlmSession` does on rank 0."""
+
+    @property
+    def gathers_logits(self) -> bool: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]: ...
+
+    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[int], Tensor]: ...
+
+    def stream(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[list[int]]]: ...
+
+
+@dataclass(slots=True)
+class Tail:
+    """One sequence after its prompt: the tokens that count, and why it ended."""
+
+    request: Request
+    writer: Writer
+    token_ids: list[int] = field(default_factory=list)
+    received: int = 0
+    reason: str | None = None
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Take what is new in ``token_ids``, all that TensorRT-LLM has generated so far; the rest is over after an end."""
+        for token in token_ids[self.received :]:
+            if self.reason is None:
+                self.token_ids.append(token)
+                if self.writer.push(token) or token in self.request.end_ids:
+                    self.reason = "stop"
+        self.received = max(self.received, len(token_ids))
+
+    def complete(self, decoding: Decoding) -> Completion:
+        """The finished sequence.
+
+        TensorRT-LLM does not hand out the end token: a sequence that ended early, without a stop word, ended with it.
+        """
+        if self.reason is None and len(self.token_ids) < self.request.max_new_tokens:
+            self.reason = "stop"
+            by_word = any(tuple(self.token_ids[-len(word) :]) == word for word in decoding.stop_ids)
+            if decoding.end_id != NO_END and not by_word:
+                end_id = decoding.end_id
+                self.token_ids.append(end_id)
+                self.writer.push(end_id)
+        stopped = self.writer.flush()
+        return Completion(
+            prompt=self.request.prompt,
+            token_ids=tuple(self.token_ids),
+            text=self.writer.text,
+            finish_reason="stop" if stopped else self.reason or "length",
+        )
+
+
+def check_engine(
+    engine_dir: Path, comm: Communicator, local_ranks: int, options: RuntimeOptions, *, prompt_logits: bool
+) -> EngineFacts:
+    """Everything that can be known before loading; raises :class:`RefusedError` or :class:`UsageError` saying what to do."""
+    versions = installed_versions()
+    if versions is None:
+        raise RefusedError(f"{engine_dir} is a TensorRT-LLM engine, but tensorrt_llm is not installed.", HOW_TO_GET)
+    engine = read_engine_facts(engine_dir, comm.world_size)
+    check_options(engine, options, prompt_logits=prompt_logits)
+    for doubt in check_versions(engine, versions) if comm.rank == 0 else ():
+        logger.warning(doubt)
+    check_gpus(engine, query_gpus(), local_ranks)
+    check_host_memory(engine, available_memory(), local_ranks, options)
+    return engine
+
+
+def open_session(
+    engine_dir: Path, comm: Communicator, requests: Sequence[Request] | None, max_batch_size: int, options: RuntimeOptions
+) -> TrtLlmSession:
+    """Load this rank, all ranks together; ``requests`` are known to rank 0 alone, and their sizes to all after this."""
+    sizes = None
+    if requests is not None:
+        longest = max(len(request.prompt) for request in requests)
+        sizes = min(max_batch_size, len(requests)), longest, max(request.max_new_tokens for request in requests)
+    batch, longest, new_tokens = comm.gather_all(sizes)[0]
+    shape = Shape(max_batch_size=batch, max_input_len=longest, max_output_len=new_tokens)
+    return TrtLlmSession(engine_dir, comm.rank, shape, options)
+
+
+def generate_with_trtllm(
+    session: Session,
+    requests: Sequence[Request],
+    max_batch_size: int,
+    *,
+    pad: int,
+    tokenizer: Tokenizer | None,
+    detokenizer: Callable[[], Detokenizer | None],
+    stop_words: tuple[str, ...],
+    listeners: Listeners,
+    streaming: bool,
+) -> list[Completion]:
+    """Complete ``requests``, at most ``max_batch_size`` at a time; ``pad`` is the id that ends a sequence, or :data:`NO_END`."""
+    tails = [
+        Tail(
+            request,
+            Writer(
+                request.index,
+                listeners.on_piece,
+                detokenizer(),
+                StopWords(stop_words),
+                request_generator(request.sampling.seed, request.index),
+            ),
+        )
+        for request in requests
+    ]
+    words = stop_word_ids(stop_words, tokenizer) if stop_words else ()
+    if (requests[0].sampling.top_k or 0) > MAX_TOP_K:
+        logger.warning("--top_k %d: TensorRT-LLM chooses among %d at most.", requests[0].sampling.top_k, MAX_TOP_K)
+    decoding = plan_decoding(requests[0], pad, words)  # what a command line asks for is the same for all prompts
+    for begin in range(0, len(tails), max_batch_size):
+        batch = tails[begin : begin + max_batch_size]
+        prompts = [tail.request.prompt for tail in batch]
+        if session.gathers_logits:
+            _one_by_one(session, batch, decoding, listeners)
+        elif streaming:
+            _follow_stream(session.stream(prompts, decoding), batch)
+        else:
+            _take(batch, session.generate(prompts, decoding))
+    return [tail.complete(decoding) for tail in tails]
+
+
+def _follow_stream(stream: Iterable[list[list[int]]], batch: Sequence[Tail]) -> None:
+    for token_ids in stream:
+        _take(batch, token_ids)
+
+
+def _take(batch: Sequence[Tail], token_ids: Sequence[Sequence[int]]) -> None:
+    for tail, ids in zip(batch, token_ids, strict=True):
+        tail.extend(ids)
+
+
+def _one_by_one(session: Session, batch: Sequence[Tail], decoding: Decoding, listeners: Listeners) -> None:
+    for tail in batch:
+        token_ids, logits_TV = session.generate_one(tail.request.prompt, decoding)
+        tail.extend(token_ids)
+        if tail.request.prompt_logits:
+            listeners.on_prompt_logits(tail.request.index, 0, logits_TV)
+
+
+def plan_decoding(request: Request, pad: int, stop_ids: Sequence[tuple[int, ...]]) -> Decoding:
+    """How TensorRT-LLM decodes ``request`` and those like it; it knows one end token, the others become stop words."""
+    others = tuple((token,) for token in sorted(request.end_ids) if token != pad)
+    temperature, top_k, top_p = plan_choice(request.sampling)
+    return Decoding(
+        max_new_tokens=request.max_new_tokens,
+        end_id=pad,
+        stop_ids=(*others, *stop_ids),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=request.sampling.repetition_penalty,
+        random_seed=request.sampling.seed,
+    )
+
+
+def plan_choice(sampling: Sampling) -> tuple[float, int, float]:
+    """(temperature, top_k, top_p) in TensorRT-LLM's terms.
+
+    There 0 switches a limit off, and both off means greedy, so that drawing from all tokens is a nucleus of everything.
+    """
+    if sampling.greedy:
+        return 1.0, 1, 0.0
+    temperature = 1.0 if sampling.temperature is None else sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None:
+        return temperature, 0, 1.0
+    return temperature, sampling.top_k or 0, sampling.top_p or 0.0
+
+
+def stop_word_ids(stop_words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """The ids of stop words, at the beginning of a word and within a line, without repetitions.
+
+    They spare TensorRT-LLM tokens that would be thrown away. They are not what decides: a word may be cut into tokens in other
+    ways, so the text is searched as well.
+    """
+    if tokenizer is None:
+        return ()
+    found = []
+    for word in stop_words:
+        apart, line = tokenizer.encode_bare(word), tokenizer.encode_bare("\n")
+        within = tokenizer.encode_bare("\n" + word)
+        found.append(tuple(apart))
+        if within[: len(line)] == line:
+            found.append(tuple(within[len(line) :]))
+    return tuple(dict.fromkeys(ids for ids in found if ids))

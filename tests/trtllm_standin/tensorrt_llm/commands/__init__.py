@@ -1,0 +1,1 @@
+"""Source: ``tensorrt_llm/commands``."""
