@@ -62,8 +62,13 @@ def _limits(limits: BuildConfig) -> dict[str, Value]:
     }
 
 
-def check_arguments(recipe: BuildRecipe, arguments: Mapping[str, Any], quant: QuantFormat, pp_size: int) -> list[str]:
-    """What a person should know about these arguments; raises :class:`UsageError` for those that cannot be built."""
+def check_arguments(
+    recipe: BuildRecipe, arguments: Mapping[str, Any], quant: QuantFormat, *, pp_size: int, release: tuple[int, int]
+) -> list[str]:
+    """What a person should know about these arguments; raises :class:`UsageError` for those that cannot be built.
+
+    ``release`` is TensorRT-LLM's, such as (1, 2).
+    """
     for (name, value), why in REFUSED.items():
         if arguments.get(name) == value:
             raise UsageError(f"--{name} {value} does not fit Arctic: {why}.", "Leave it out.")
@@ -76,7 +81,7 @@ def check_arguments(recipe: BuildRecipe, arguments: Mapping[str, Any], quant: Qu
             "Quantize with --pp_size 1, or leave it out.",
         )
     _check_pairs(recipe, arguments)
-    return [*_cost_notes(arguments), *_effect_notes(arguments, quant)]
+    return [*_cost_notes(arguments), *_effect_notes(arguments, quant, release)]
 
 
 def _check_pairs(recipe: BuildRecipe, arguments: Mapping[str, Any]) -> None:
@@ -115,12 +120,14 @@ def _cost_notes(arguments: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _effect_notes(arguments: Mapping[str, Any], quant: QuantFormat) -> list[str]:
+def _effect_notes(arguments: Mapping[str, Any], quant: QuantFormat, release: tuple[int, int]) -> list[str]:
     notes = []
     if arguments["use_fp8_context_fmha"] == "enable" and not quant.kv_fp8:
         notes.append("--use_fp8_context_fmha enable has no effect: the KV cache of this checkpoint is not FP8.")
     if arguments["gemm_plugin"] == "fp8" and not quant.fp8:
         notes.append("--gemm_plugin fp8 has no effect: this checkpoint is not quantized.")
+    if "build_config" in arguments and release < (1, 2):
+        notes.append(f"TensorRT-LLM {release[0]}.{release[1]} prefers plugins that {arguments['build_config']} names over flags.")
     strangers = [name for name in ONLY_FOR_OTHER_MODELS if name in arguments]
     if strangers:
         notes.append(f"Arctic has nothing that {', '.join(f'--{name}' for name in strangers)} could act upon.")

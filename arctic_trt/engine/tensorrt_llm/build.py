@@ -123,6 +123,7 @@ class _Crew:
         try:
             while self.jobs or (queue and not self.failure):
                 self._fill_slots(queue)
+                self.on_change(self.states)
                 self._collect()
                 self.on_change(self.states)
                 time.sleep(POLL_S)

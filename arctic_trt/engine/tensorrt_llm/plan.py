@@ -97,7 +97,7 @@ def plan_trtllm_build(
     check_supported(versions.tensorrt_llm)
     arguments = plan_arguments(recipe, checkpoint.quant, limits)
     check_flags(arguments, versions)
-    notes = check_arguments(recipe, arguments, checkpoint.quant, checkpoint.mapping.pp_size)
+    notes = check_arguments(recipe, arguments, checkpoint.quant, pp_size=checkpoint.mapping.pp_size, release=versions.release)
     ranks = parse_ranks(recipe.ranks, checkpoint.mapping.world_size)
     shard_bytes = tuple(checkpoint.file(rank.index).path.stat().st_size for rank in checkpoint.mapping.ranks())
     wanted = recipe.workers or (len(gpus) if gpus else len(ranks))

@@ -90,6 +90,7 @@ class TrtLlmSession:
                     kv_cache_enable_block_reuse=options.kv_cache_enable_block_reuse,
                     enable_chunked_context=options.enable_chunked_context,
                     gpu_weights_percent=1.0 if weights is None else weights,
+                    enable_context_fmha_fp32_acc=False,
                     cuda_graph_mode=options.cuda_graph_mode,
                     use_gpu_direct_storage=options.use_gpu_direct_storage,
                 )

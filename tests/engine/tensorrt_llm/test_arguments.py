@@ -27,8 +27,8 @@ def arguments(quant: QuantFormat = FP8, **given: Any) -> dict[str, Any]:
     return plan_arguments(recipe(**given), quant, LIMITS)
 
 
-def notes(quant: QuantFormat = FP8, pp_size: int = 1, **given: Any) -> list[str]:
-    return check_arguments(recipe(**given), arguments(quant, **given), quant, pp_size)
+def notes(quant: QuantFormat = FP8, pp_size: int = 1, release: tuple[int, int] = (1, 2), **given: Any) -> list[str]:
+    return check_arguments(recipe(**given), arguments(quant, **given), quant, pp_size=pp_size, release=release)
 
 
 def test_arctics_defaults() -> None:
@@ -118,6 +118,11 @@ def test_what_is_allowed_but_should_be_known(given: dict[str, Any], note: str) -
 def test_flags_without_effect_are_named() -> None:
     assert "no effect: the KV cache" in notes(FP8_WEIGHTS, use_fp8_context_fmha="enable")[0]
     assert "no effect: this checkpoint is not quantized" in notes(BF16, gemm_plugin="fp8")[0]
+
+
+def test_which_plugins_a_file_of_limits_overrules_depends_on_the_version() -> None:
+    assert notes(build_config=Path("a.json")) == []
+    assert "1.1 prefers plugins that a.json names over flags" in notes(release=(1, 1), build_config=Path("a.json"))[0]
 
 
 def test_words_of_a_command_line() -> None:

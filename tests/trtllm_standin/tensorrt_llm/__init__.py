@@ -10,6 +10,6 @@ from tensorrt_llm.play import VERSION, mpi_rank, mpi_world_size
 
 __version__ = VERSION
 
-print(f"[TensorRT-LLM] TensorRT-LLM version: {__version__}", flush=True)
+print(f"[TensorRT-LLM] TensorRT LLM version: {__version__}", flush=True)
 
 __all__ = ["__version__", "logger", "mpi_rank", "mpi_world_size"]
