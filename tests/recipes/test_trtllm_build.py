@@ -21,9 +21,14 @@ SWITCH = {"enable", "disable"}
 DOCUMENTED: dict[str, Any] = {
     **dict.fromkeys(
         (
-            "bert_attention_plugin gpt_attention_plugin nccl_plugin moe_plugin mamba_conv1d_plugin fp8_rowwise_gemm_plugin "
-            "lora_plugin"
-        ).split(),
+            "bert_attention_plugin",
+            "gpt_attention_plugin",
+            "nccl_plugin",
+            "moe_plugin",
+            "mamba_conv1d_plugin",
+            "fp8_rowwise_gemm_plugin",
+            "lora_plugin",
+        ),
         DTYPES,
     ),
     "gemm_plugin": DTYPES | {"fp8", "nvfp4"},
@@ -31,10 +36,22 @@ DOCUMENTED: dict[str, Any] = {
     "gemm_allreduce_plugin": {"float16", "bfloat16", "disable"},
     **dict.fromkeys(
         (
-            "context_fmha remove_input_padding use_paged_context_fmha use_fp8_context_fmha paged_state use_fused_mlp dora_plugin "
-            "bert_context_fmha_fp32_acc norm_quant_fusion reduce_fusion user_buffer fuse_fp4_quant multiple_profiles "
-            "streamingllm pp_reduce_scatter"
-        ).split(),
+            "context_fmha",
+            "remove_input_padding",
+            "use_paged_context_fmha",
+            "use_fp8_context_fmha",
+            "paged_state",
+            "use_fused_mlp",
+            "dora_plugin",
+            "bert_context_fmha_fp32_acc",
+            "norm_quant_fusion",
+            "reduce_fusion",
+            "user_buffer",
+            "fuse_fp4_quant",
+            "multiple_profiles",
+            "streamingllm",
+            "pp_reduce_scatter",
+        ),
         SWITCH,
     ),
     "kv_cache_type": {"continuous", "paged", "disabled"},
@@ -45,16 +62,29 @@ DOCUMENTED: dict[str, Any] = {
     "log_level": {"internal_error", "error", "warning", "info", "verbose", "debug", "trace"},
     **dict.fromkeys(
         (
-            "tokens_per_block opt_num_tokens max_encoder_input_len max_prompt_embedding_table_size max_draft_len max_lora_rank "
-            "auto_parallel gpus_per_node"
-        ).split(),
+            "tokens_per_block",
+            "opt_num_tokens",
+            "max_encoder_input_len",
+            "max_prompt_embedding_table_size",
+            "max_draft_len",
+            "max_lora_rank",
+            "auto_parallel",
+            "gpus_per_node",
+        ),
         int,
     ),
     **dict.fromkeys(
         (
-            "gather_context_logits gather_generation_logits gather_all_token_logits fast_build strip_plan weight_sparsity "
-            "weight_streaming enable_debug_output monitor_memory"
-        ).split(),
+            "gather_context_logits",
+            "gather_generation_logits",
+            "gather_all_token_logits",
+            "fast_build",
+            "strip_plan",
+            "weight_sparsity",
+            "weight_streaming",
+            "enable_debug_output",
+            "monitor_memory",
+        ),
         bool,
     ),
     **dict.fromkeys(("input_timing_cache", "output_timing_cache", "build_config", "model_cls_file", "visualize_network"), Path),
