@@ -32,7 +32,9 @@ DOCUMENTED: dict[str, Any] = {
         DTYPES,
     ),
     "gemm_plugin": DTYPES | {"fp8", "nvfp4"},
-    **dict.fromkeys(("gemm_swiglu_plugin", "low_latency_gemm_plugin", "low_latency_gemm_swiglu_plugin"), {"fp8", "disable"}),
+    "gemm_swiglu_plugin": {"fp8", "disable"},
+    "low_latency_gemm_plugin": {"fp8", "disable"},
+    "low_latency_gemm_swiglu_plugin": {"fp8", "disable"},
     "gemm_allreduce_plugin": {"float16", "bfloat16", "disable"},
     **dict.fromkeys(
         (
