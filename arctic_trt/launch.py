@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from arctic_trt.machine import available_cores
+
 PR_SET_PDEATHSIG = 1
 PATIENCE_BEFORE_MPI_S = 4.0  # ranks start seconds apart on a busy machine
 PATIENCE_S = 1.0
@@ -39,7 +41,7 @@ def find_launch(environ: Mapping[str, str]) -> Launch | None:
         return None
     if size is None and "SLURM_STEP_ID" in environ:
         size = _first_number(environ, ("SLURM_STEP_NUM_TASKS",))
-    return Launch(rank or 0, size, _first_number(environ, LOCAL_SIZE_KEYS))
+    return Launch(rank or 0, size, _first_number(environ, LOCAL_SIZE_KEYS) or _slurm_local_size(environ))
 
 
 def is_leader() -> bool:
@@ -48,17 +50,12 @@ def is_leader() -> bool:
     return launch is None or launch.rank == 0
 
 
-def plan_threads(cores: int, allowed: int, local_ranks: int) -> int:
-    """Threads for one of ``local_ranks`` processes on ``cores`` cores, of which it may use ``allowed``."""
-    return max(1, min(allowed, cores // local_ranks))
-
-
 def local_threads(local_ranks: int) -> int:
-    """:func:`plan_threads` for this machine; an ``OMP_NUM_THREADS`` that somebody set is kept."""
+    """Threads for one of ``local_ranks`` processes; an ``OMP_NUM_THREADS`` that somebody set is kept."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if chosen.isdigit() and int(chosen):
         return int(chosen)
-    return plan_threads(os.cpu_count() or 1, len(os.sched_getaffinity(0)), local_ranks)
+    return available_cores(local_ranks)
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -105,6 +102,12 @@ def end_job(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(code)
+
+
+def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
+    """The most tasks that Slurm's step has on a node, of ``8(x2)`` or ``4,3``."""
+    counts = [part.partition("(")[0] for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")]
+    return max(map(int, counts)) if counts and all(count.isdigit() for count in counts) else None
 
 
 def _running_mpi() -> Any:

@@ -7,6 +7,7 @@ that forks or joins an MPI job later, harm.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import subprocess
@@ -194,7 +195,7 @@ def memory_limit() -> tuple[int, int] | None:
     Files that the kernel keeps in memory and would drop at once do not count as taken: after a download they fill any limit.
     """
     found = []
-    for directory in _memory_groups():
+    for directory in _groups("memory"):
         version_2 = (directory / "memory.max").exists()
         names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
@@ -207,6 +208,12 @@ def memory_limit() -> tuple[int, int] | None:
     return (min(limit for limit, _ in found), min(left for _, left in found)) if found else None
 
 
+def available_cores(processes: int = 1) -> int:
+    """Cores for one of ``processes`` that share the machine, or a container's part of it, and no more than it is allowed on."""
+    shares = [math.ceil(share) for share in map(_cpu_share, _groups("cpu")) if share is not None]
+    return max(1, min(len(os.sched_getaffinity(0)), min([os.cpu_count() or 1, *shares]) // processes))
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a distribution, from its metadata alone; None where it is absent."""
     from importlib import metadata  # here: it takes longer than all of this module
@@ -217,16 +224,28 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _memory_groups() -> list[Path]:
+def _cpu_share(directory: Path) -> float | None:
+    """Cores' worth of time that a control group may take, None without a limit."""
+    try:
+        if (directory / "cpu.max").exists():
+            quota, period = (directory / "cpu.max").read_text().split()
+        else:
+            quota, period = ((directory / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    except OSError:
+        return None
+    return int(quota) / int(period) if quota not in ("max", "-1") else None
+
+
+def _groups(controller: str) -> list[Path]:
     """The control group of this process and those around it, the outermost first, as far as they are visible from here."""
     try:
         lines = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    places = {CGROUPS: None, CGROUPS / "memory": None}  # in a container, its own group is mounted there
+    places = {CGROUPS: None, CGROUPS / controller: None}  # in a container, its own group is mounted there
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
-        if controllers in ("", "memory"):
+        if controllers == "" or controller in controllers.split(","):
             root = CGROUPS / controllers
             parts = Path(path.lstrip("/")).parts
             places.update({root.joinpath(*parts[:count]): None for count in range(1, len(parts) + 1)})

@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoint": {"model"},
     "model": set(),
     "recipes": set(),
-    "launch": set(),
+    "launch": {"machine"},
     "machine": set(),
     "output": set(),
     "errors": set(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arctic_trt import launch
-from arctic_trt.launch import Launch, end_job, find_launch, is_leader, plan_threads, tie_to_launcher, wait_for_leader
+from arctic_trt.launch import Launch, end_job, find_launch, is_leader, tie_to_launcher, wait_for_leader, without_launcher
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,17 @@ def test_find_launch(environ: dict[str, str], expected: Launch | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "allowed", "ranks", "expected"),
-    [(2, 2, 8, 1), (16, 16, 4, 4), (16, 1, 8, 1), (96, 12, 8, 12), (1, 1, 1, 1), (7, 7, 2, 3)],
+    ("tasks", "expected"), [("8(x2)", 8), ("4", 4), ("4,3", 4), ("2(x3),1", 2), ("", None), ("many", None), ("4,", None)]
 )
-def test_threads_are_shared_out(cores: int, allowed: int, ranks: int, expected: int) -> None:
-    assert plan_threads(cores, allowed, ranks) == expected
+def test_slurm_says_how_many_tasks_a_node_has(tasks: str, expected: int | None) -> None:
+    step = {"PMIX_RANK": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    assert find_launch(step) == Launch(1, 8, expected)
+
+
+def test_a_child_that_is_no_rank_keeps_everything_else() -> None:
+    environ = {"PMIX_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_btl": "tcp", "PATH": "/bin", "SLURM_JOB_ID": "7"}
+    assert without_launcher(environ) == {"OMPI_MCA_btl": "tcp", "PATH": "/bin", "SLURM_JOB_ID": "7"}
+    assert find_launch(without_launcher(environ)) is None
 
 
 def test_a_process_started_by_hand_speaks_and_is_tied_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,3 +365,44 @@ def test_importing_it_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n", os.linesep.join((done.stdout, done.stderr))
+
+
+@pytest.mark.parametrize(
+    ("machine_cores", "allowed", "quota", "processes", "expected"),
+    [
+        (2, 2, None, 8, 1),
+        (16, 16, None, 4, 4),
+        (16, 1, None, 8, 1),
+        (96, 12, None, 8, 12),
+        (96, 96, "800000 100000", 1, 8),
+        (96, 96, "800000 100000", 2, 4),
+        (96, 96, "150000 100000", 1, 2),
+        (96, 96, "10000 100000", 1, 1),
+        (96, 96, "max 100000", 1, 96),
+        (7, 7, None, 2, 3),
+    ],
+)
+def test_cores_are_those_of_the_container_shared_out(
+    machine_cores: int,
+    allowed: int,
+    quota: str | None,
+    processes: int,
+    expected: int,
+    memory: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: machine_cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed)))
+    memory({"cpu.max": quota} if quota else {})
+    assert machine.available_cores(processes) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(400000, 4), (-1, 96)])
+def test_cores_in_a_container_of_the_older_kind(
+    quota: int, expected: int, memory: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    names = {"cpu,cpuacct/docker/1f/cpu.cfs_quota_us": quota, "cpu,cpuacct/docker/1f/cpu.cfs_period_us": 100000}
+    memory(names, mine="3:cpu,cpuacct:/docker/1f\n")
+    assert machine.available_cores() == expected

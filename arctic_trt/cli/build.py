@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +102,7 @@ def _build_with_torch(
     recipe: BuildRecipe, checkpoint: TrtCheckpoint, limits: BuildConfig, output: Output, *, dry_run: bool
 ) -> None:
     from arctic_trt.engine.torch.build import build_torch_engine, plan_torch_build
+    from arctic_trt.machine import available_cores
 
     if recipe.trtllm_only:
         output.note(f"The torch backend has no plugins; without effect: {', '.join(f'--{name}' for name in recipe.trtllm_only)}")
@@ -112,7 +112,7 @@ def _build_with_torch(
         output.table("Would write", [(key, str(value)) for key, value in _facts(plan).items()])
         return
     began, ranks = time.perf_counter(), len(plan.layouts)
-    workers = recipe.workers or os.cpu_count() or 1
+    workers = recipe.workers or available_cores()
     built = build_torch_engine(plan, workers=workers, on_rank=lambda rank: output.note(_rank_line(rank, ranks)))
     _summarize(plan, built, time.perf_counter() - began, output)
 

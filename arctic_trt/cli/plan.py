@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -96,6 +95,7 @@ def _load(recipe: PlanRecipe, source: Source) -> Load:
 
 def _job(recipe: PlanRecipe, source: Source) -> Job:
     from arctic_trt.checkpoint.contract import QuantFormat
+    from arctic_trt.machine import available_cores
     from arctic_trt.model.mapping import plan_mapping
     from arctic_trt.quantize.memory import default_budget, parse_size
     from arctic_trt.report.plan import Job
@@ -112,7 +112,7 @@ def _job(recipe: PlanRecipe, source: Source) -> Job:
         samples=recipe.calib_size,
         sample_tokens=min(recipe.calib_max_seq_length, source.config.max_position_embeddings),
         batch_size=recipe.batch_size,
-        workers=os.cpu_count() or 1,
+        workers=available_cores(),
         budget_bytes=parse_size(recipe.memory_budget) if recipe.memory_budget else default_budget(),
     )
 

@@ -20,23 +20,26 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """``depth`` experts in flight, hidden states in memory or in a file, and the peak that this makes."""
+    """``depth`` experts in flight, hidden states in memory or in a file, threads at work, and the peak that this makes."""
 
     depth: int
     spill: bool
     peak_bytes: int
+    workers: int
 
 
 def plan_memory(config: ArcticConfig, *, tokens: int, batch_tokens: int, workers: int, budget_bytes: int) -> MemoryPlan:
     """Choose the widest plan within the budget; raises :class:`RefusedError` when even the narrowest does not fit.
 
-    ``tokens`` are all calibration tokens, ``batch_tokens`` those of the largest batch.
+    ``tokens`` are all calibration tokens, ``batch_tokens`` those of the largest batch, ``workers`` the threads that there are
+    cores for. Threads are given up last: each has matrices of its own in work, and on a large machine they decide.
     """
-    for spill in (False, True) if tokens else (False,):
-        for depth in range(MAX_DEPTH, MIN_DEPTH - 1, -1):
-            peak = estimate_peak(config, tokens=tokens, batch_tokens=batch_tokens, workers=workers, depth=depth, spill=spill)
-            if peak <= budget_bytes:
-                return MemoryPlan(depth, spill, peak)
+    for threads in range(workers, 0, -1):
+        for spill in (False, True) if tokens else (False,):
+            for depth in range(MAX_DEPTH, MIN_DEPTH - 1, -1):
+                peak = estimate_peak(config, tokens=tokens, batch_tokens=batch_tokens, workers=threads, depth=depth, spill=spill)
+                if peak <= budget_bytes:
+                    return MemoryPlan(depth, spill, peak, threads)
     raise RefusedError(
         f"The memory budget of {budget_bytes / 2**30:.2f} GiB is too small: this checkpoint needs {peak / 2**30:.2f} GiB.",
         "Raise --memory_budget, or lower --batch_size or --calib_max_seq_length.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.checkpoint.layout import FileLayout
 from arctic_trt.checkpoint.output_dir import OutputDir, check_space
 from arctic_trt.errors import RefusedError
+from arctic_trt.machine import available_cores
 from arctic_trt.model import tokenizer
 from arctic_trt.model.mapping import Mapping, plan_mapping
 from arctic_trt.quantize.data import find_dataset, read_samples
@@ -26,6 +27,7 @@ from arctic_trt.quantize.team import Solo, Team
 from arctic_trt.recipes import QuantizeRecipe
 
 REPORT = "report/quantize.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,20 @@ def plan_quantization(recipe: QuantizeRecipe, local_processes: int = 1) -> Quant
     )
     quant = QuantFormat(fp8=recipe.qformat == "fp8", kv_fp8=recipe.kv_fp8)
     samples = _read_samples(recipe, source) if quant.fp8 else []
-    workers = max(1, (os.cpu_count() or 1) // local_processes)
+    cores = available_cores(local_processes)
     budget = parse_size(recipe.memory_budget) if recipe.memory_budget else default_budget()
     memory = plan_memory(
         source.config,
         tokens=sum(map(len, samples)),
         batch_tokens=max(map(len, samples), default=0) * recipe.batch_size,
-        workers=workers,
+        workers=cores,
         budget_bytes=budget // local_processes,
     )
+    if memory.workers < cores:
+        logger.warning("Working on %d of %d cores: more do not fit the memory budget.", memory.workers, cores)
     layouts = plan_files(source.config, mapping, quant)
     print_ = fingerprint(recipe, source, mapping, samples)
-    return QuantizePlan(recipe, source, mapping, quant, samples, layouts, memory, workers, print_)
+    return QuantizePlan(recipe, source, mapping, quant, samples, layouts, memory, memory.workers, print_)
 
 
 def check_device(device: str) -> None:

@@ -68,7 +68,7 @@ class Step:
 
 def forecast_here(facts: Facts) -> Forecast:
     """What the released Arctic takes on the machine of ``facts``."""
-    return forecast_released(workers=facts.machine_cores, budget_bytes=int(SAFE_SHARE * facts.memory_free_bytes))
+    return forecast_released(workers=facts.cores, budget_bytes=int(SAFE_SHARE * facts.memory_free_bytes))
 
 
 def diagnose(facts: Facts, full: Forecast, missing: Missing = MISSING) -> list[Capability]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from arctic_trt.errors import RefusedError
 from arctic_trt.machine import (
     Gpu,
+    available_cores,
     available_memory,
     memory_limit,
     package_version,
@@ -132,7 +133,7 @@ def gather(directory: Path) -> Facts:
         python=platform.python_version(),
         python_dir=str(Path(sys.executable).parent),
         processor=processor,
-        cores=len(os.sched_getaffinity(0)),
+        cores=available_cores(),
         machine_cores=os.cpu_count() or 1,
         instructions=instructions,
         memory_free_bytes=free_bytes,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arctic_trt.errors import RefusedError
+from arctic_trt.machine import available_cores
 
 CHUNK_BYTES = 4 << 20
 FIRST_SYNC_BYTES = 32 << 20
@@ -45,7 +46,7 @@ def measure_machine(directory: Path, *, seconds: float = 10.0, cores: int | None
     The trial file has no name, so that it is gone when the process is, however that ends. Raises :class:`RefusedError` when the
     disk cannot be written.
     """
-    cores = cores or os.cpu_count() or 1
+    cores = cores or available_cores()
     deadline = time.perf_counter() + seconds
     import torch  # part of the time: it takes a second where files are cold
 

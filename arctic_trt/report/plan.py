@@ -177,11 +177,11 @@ def forecast_memory(config: ArcticConfig, job: Job) -> MemoryPlan:
             config,
             tokens=job.tokens,
             batch_tokens=batch_tokens,
-            workers=job.workers,
+            workers=1,
             depth=MIN_DEPTH,
             spill=job.tokens > 0,
         )
-        return MemoryPlan(MIN_DEPTH, job.tokens > 0, least)
+        return MemoryPlan(MIN_DEPTH, job.tokens > 0, least, 1)
 
 
 def estimate_time(plan: Forecast, rates: Rates) -> Seconds:

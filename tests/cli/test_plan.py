@@ -131,7 +131,7 @@ class TestRefusals:
     def test_a_memory_budget_that_cannot_do(self, plan: Plan) -> None:
         done = plan(ARCTIC_DIR, "--memory_budget", "1GiB")
         assert done.code == 3 and "957.17 GB" in done.out
-        assert done.err.splitlines()[-1].startswith("arctic-trt: error: The quantization needs 2.")
+        assert done.err.splitlines()[-1].startswith("arctic-trt: error: The quantization needs 1.")
         assert "may take only 1.00 GiB. Raise --memory_budget to " in done.err
         advised = done.err.split("--memory_budget to ")[1].split(",")[0]
         assert plan(ARCTIC_DIR, "--memory_budget", advised).code == 0

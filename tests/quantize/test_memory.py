@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.config import ArcticConfig, parse_config
@@ -43,7 +45,7 @@ def peak(config: ArcticConfig = ARCTIC, *, depth: int = MIN_DEPTH, spill: bool =
 def plan(budget_bytes: int, *, tokens: int = TOKENS) -> tuple[int, bool]:
     found = plan_memory(ARCTIC, tokens=tokens, batch_tokens=BATCH, workers=CORES, budget_bytes=budget_bytes)
     assert found.peak_bytes <= budget_bytes
-    assert found.peak_bytes == peak(depth=found.depth, spill=found.spill, tokens=tokens)
+    assert found.peak_bytes == peak(depth=found.depth, spill=found.spill, tokens=tokens) and found.workers == CORES
     return found.depth, found.spill
 
 
@@ -64,16 +66,25 @@ def test_a_smaller_budget_means_fewer_experts_in_flight_and_then_hidden_states_o
 
 
 def test_a_budget_that_is_too_small_is_refused_with_what_it_takes() -> None:
-    least = peak(depth=MIN_DEPTH, spill=True)
+    least = estimate_peak(ARCTIC, tokens=TOKENS, batch_tokens=BATCH, workers=1, depth=MIN_DEPTH, spill=True)
     with pytest.raises(RefusedError) as caught:
         plan(least - 1)
     assert f"this checkpoint needs {least / GIB:.2f} GiB. Raise --memory_budget" in str(caught.value)
-    assert plan(least) == (MIN_DEPTH, True)
+    assert plan(peak(depth=MIN_DEPTH, spill=True)) == (MIN_DEPTH, True)
+
+
+@given(st.integers(1, 256), st.integers(5 * GIB, 200 * GIB))
+def test_many_cores_are_used_as_far_as_the_budget_goes(cores: int, budget_bytes: int) -> None:
+    found = plan_memory(ARCTIC, tokens=TOKENS, batch_tokens=BATCH, workers=cores, budget_bytes=budget_bytes)
+    assert found.peak_bytes <= budget_bytes and 1 <= found.workers <= cores
+    if found.workers < cores:
+        narrowest = {"depth": MIN_DEPTH, "spill": True, "tokens": TOKENS, "batch_tokens": BATCH}
+        assert estimate_peak(ARCTIC, workers=found.workers + 1, **narrowest) > budget_bytes, "one more did not fit"
 
 
 def test_without_calibration_there_is_nothing_to_spill() -> None:
     with pytest.raises(RefusedError):
-        plan(BASE_BYTES, tokens=0)
+        plan_memory(ARCTIC, tokens=0, batch_tokens=0, workers=1, budget_bytes=BASE_BYTES)
     assert plan(peak(tokens=0), tokens=0) == (MIN_DEPTH, False)
 
 

@@ -140,7 +140,7 @@ def test_threads_and_memory_change_no_byte(
         tp_size=2,
         calib_dataset=str(tiny_samples),
         threads=threads,
-        memory=MemoryPlan(depth, spill, 0),
+        memory=MemoryPlan(depth, spill, 0, 1),
     )
     assert lasting(tmp_path / "out") == lasting(tiny_fp8)
     assert report["hidden_states_on_disk"] is spill

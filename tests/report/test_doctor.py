@@ -135,10 +135,9 @@ def test_quantizing_takes_a_share_of_the_memory() -> None:
     assert found.next_step.endswith(" of memory free: quantize takes 70% of it at most.")
 
 
-def test_quantizing_takes_memory_for_each_core_of_the_machine() -> None:
-    """As quantize counts them: not those of the job alone."""
+def test_quantizing_takes_memory_for_each_core_that_it_may_use() -> None:
     few = forecast_here(change(H100_NODE, cores=8)).memory.peak_bytes
-    assert few == forecast_here(H100_NODE).memory.peak_bytes > forecast_here(H200_QUARTET).memory.peak_bytes
+    assert few < forecast_here(H200_QUARTET).memory.peak_bytes < forecast_here(H100_NODE).memory.peak_bytes
 
 
 def test_building_takes_host_memory_too() -> None:

@@ -249,7 +249,6 @@ def test_memory_requests_follow_the_documentation() -> None:
         "memory_budget"
     ]
     assert 4.6e9 + 0.42e9 * cores < int(budget.removesuffix("GiB")) * GIB <= quantity(quantize["resources"]["requests"]["memory"])
-    assert {"name": "PYTHON_CPU_COUNT", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}} in quantize["env"]
     [workers] = [int(word.split("=")[1]) for word in build["args"] if word.startswith("--workers=")]
     assert quantity(build["resources"]["requests"]["memory"]) >= workers * 180e9
     assert workers == int(build["resources"]["limits"]["nvidia.com/gpu"])

