@@ -12,6 +12,7 @@ from typing import Any
 
 from arctic_trt import __version__
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, read_json
+from arctic_trt.checkpoint.output_dir import read_marker
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping
@@ -141,6 +142,8 @@ def plan_engine_config(backend: str, pretrained_config: dict[str, Any], build_co
 def read_engine_config(engine_dir: Path) -> EngineConfig:
     """Read ``engine_dir/config.json``; raises :class:`UsageError` for anything that is not an engine directory."""
     path = engine_dir / "config.json"
+    if read_marker(engine_dir) is not None:
+        raise UsageError(f"{engine_dir} is not complete.", "Run the command that builds it again, on all machines that share it.")
     raw = read_json(path, "Point --engine_dir at the output of arctic-trt build.")
     if not is_engine_config(raw):
         raise UsageError(

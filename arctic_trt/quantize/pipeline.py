@@ -126,6 +126,9 @@ def output_of(plan: QuantizePlan) -> OutputDir:
 def check_output(plan: QuantizePlan) -> None:
     """Refuse an output directory or a disk that ``plan`` cannot be carried out with, without touching either."""
     output_of(plan).check()
+    config = plan.recipe.output_dir / "config.json"
+    if config.is_file() and "build_config" in read_json(config, "Choose another --output_dir."):
+        raise RefusedError(f"{plan.recipe.output_dir} holds an engine, which is not overwritten.", "Choose another --output_dir.")
     check_space(plan.recipe.output_dir, plan.output_bytes)
 
 

@@ -115,9 +115,21 @@ def test_progress_and_result(standin: Callable[..., StandIn], checkpoint: Path, 
     assert again.code == 0 and "already holds exactly this engine; nothing to do" in again.err
 
 
+def test_a_build_is_one_process(checkpoint: Path, tmp_path: Path, arctic_trt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arctic_trt.launch.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert build(arctic_trt, checkpoint, tmp_path / "engine", "--dry_run").code == 0
+    monkeypatch.setenv("PMI_SIZE", "8")
+    done = build(arctic_trt, checkpoint, tmp_path / "engine")
+    assert done.code == 3 and "build was started as 8 processes" in done.err and not (tmp_path / "engine").exists()
+
+
 def test_a_part_says_that_it_is_one(standin: Callable[..., StandIn], checkpoint: Path, tmp_path: Path, arctic_trt: Run) -> None:
     standin()
     first = build(arctic_trt, checkpoint, tmp_path / "engine", "--ranks", "0-3", "--json")
+    run = arctic_trt("run", "--engine_dir", tmp_path / "engine", "--max_output_len", 1, "--input_text", "x")
+    assert run.code == 2 and "engine is not complete. Run the command that builds it again" in run.err
     assert json.loads(first.out)["complete"] is False and "becomes an engine when all 8 ranks are built" in first.err
     second = build(arctic_trt, checkpoint, tmp_path / "engine", "--ranks", "4-7")
     assert "Built" in second.out and (tmp_path / "engine" / "config.json").is_file()

@@ -356,6 +356,13 @@ def test_foreign_files_are_never_deleted(names: tuple[str, ...], more: list[str]
     refuse(job, arctic_trt, REFUSED, f"{job.output_dir} already holds", "Choose an empty or new --output_dir", flags=more)
 
 
+def test_an_engine_is_never_overwritten(job: Job, arctic_trt: ArcticTrt, tmp_path: Path) -> None:
+    assert arctic_trt(*job.argv()).code == 0
+    assert arctic_trt("build", "--checkpoint_dir", job.output_dir, "--output_dir", tmp_path / "engine").code == 0
+    job.output_dir = tmp_path / "engine"
+    refuse(job, arctic_trt, REFUSED, "engine holds an engine, which is not overwritten", flags=["--overwrite"])
+
+
 def test_the_model_itself_is_never_the_output(job: Job, arctic_trt: ArcticTrt) -> None:
     job.output_dir = job.model_dir
     refuse(job, arctic_trt, REFUSED, f"{job.model_dir} already holds", flags=["--overwrite"])

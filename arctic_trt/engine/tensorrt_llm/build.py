@@ -87,7 +87,8 @@ def build_trtllm_engine(plan: TrtBuildPlan, on_change: OnChange = lambda states:
     :class:`ArcticTrtError` with the last lines of the first rank that failed, after the builds under way have ended.
     """
     with open_engine_dir(plan) as out:
-        states = [_initial_state(rank, out.finished(), out) for rank in plan.ranks]
+        finished = out.finished()
+        states = [_initial_state(rank, finished, out) for rank in plan.ranks]
         on_change(states)
         _Crew(plan, out, states, on_change).work()
         complete = out.complete([plan.checkpoint.checkpoint_dir / name for name in plan.side_files])

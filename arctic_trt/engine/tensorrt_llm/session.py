@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,30 +74,25 @@ class TrtLlmSession:
         keep_stdout()
         weights = options.gpu_weights_percent
         fraction = options.kv_cache_free_gpu_memory_fraction
-        try:
-            with redirect_stdout(sys.stderr):
-                from tensorrt_llm.runtime import ModelRunnerCpp
+        with redirect_stdout(sys.stderr), failing_as_ours(f"load rank {rank} of {engine_dir}"):
+            from tensorrt_llm.runtime import ModelRunnerCpp
 
-                self._runner: Any = ModelRunnerCpp.from_dir(
-                    engine_dir=str(engine_dir),
-                    rank=rank,
-                    max_batch_size=shape.max_batch_size,
-                    max_input_len=shape.max_input_len,
-                    max_output_len=shape.max_output_len,
-                    max_beam_width=1,
-                    kv_cache_free_gpu_memory_fraction=KV_CACHE_FRACTION if fraction is None else fraction,
-                    max_tokens_in_paged_kv_cache=options.max_tokens_in_paged_kv_cache,
-                    kv_cache_enable_block_reuse=options.kv_cache_enable_block_reuse,
-                    enable_chunked_context=options.enable_chunked_context,
-                    gpu_weights_percent=1.0 if weights is None else weights,
-                    enable_context_fmha_fp32_acc=False,
-                    cuda_graph_mode=options.cuda_graph_mode,
-                    use_gpu_direct_storage=options.use_gpu_direct_storage,
-                )
-        except (RuntimeError, AssertionError) as error:
-            raise ArcticTrtError(
-                f"TensorRT-LLM cannot load rank {rank} of {engine_dir}: {_first_line(error)}.", "-v shows the whole message."
-            ) from error
+            self._runner: Any = ModelRunnerCpp.from_dir(
+                engine_dir=str(engine_dir),
+                rank=rank,
+                max_batch_size=shape.max_batch_size,
+                max_input_len=shape.max_input_len,
+                max_output_len=shape.max_output_len,
+                max_beam_width=1,
+                kv_cache_free_gpu_memory_fraction=KV_CACHE_FRACTION if fraction is None else fraction,
+                max_tokens_in_paged_kv_cache=options.max_tokens_in_paged_kv_cache,
+                kv_cache_enable_block_reuse=options.kv_cache_enable_block_reuse,
+                enable_chunked_context=options.enable_chunked_context,
+                gpu_weights_percent=1.0 if weights is None else weights,
+                enable_context_fmha_fp32_acc=False,
+                cuda_graph_mode=options.cuda_graph_mode,
+                use_gpu_direct_storage=options.use_gpu_direct_storage,
+            )
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         """Generated ids of each prompt."""
@@ -118,7 +113,7 @@ class TrtLlmSession:
         """
         pieces = iter(self._generate(prompts, decoding, streaming=True))
         while True:
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(sys.stderr), failing_as_ours("generate"):
                 outputs = next(pieces, None)
             if outputs is None:
                 return
@@ -126,7 +121,7 @@ class TrtLlmSession:
 
     def _generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, streaming: bool) -> Any:
         stop = [[list(ids) for ids in decoding.stop_ids] for _ in prompts] if decoding.stop_ids else None
-        with torch.no_grad(), redirect_stdout(sys.stderr):
+        with torch.no_grad(), redirect_stdout(sys.stderr), failing_as_ours("generate"):
             return self._runner.generate(
                 batch_input_ids=[torch.tensor(prompt, dtype=torch.int32) for prompt in prompts],
                 max_new_tokens=decoding.max_new_tokens,
@@ -152,6 +147,15 @@ class TrtLlmSession:
     def close(self) -> None:
         """Let go of the engine; on ranks other than 0 this returns when rank 0's executor has ended."""
         self._runner = None
+
+
+@contextmanager
+def failing_as_ours(task: str) -> Iterator[None]:
+    """Turn what TensorRT-LLM raises, from Python or from C++, into one sentence; its own text has a stack of C++ frames."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ArcticTrtError(f"TensorRT-LLM cannot {task}: {_first_line(error)}.", "-v shows the whole message.") from error
 
 
 def keep_stdout() -> None:
