@@ -1,1 +1,1 @@
-"""Running a torch engine: one process a rank, rank 0 schedules and samples, the others follow."""
+"""Running an engine, one process a rank: on torch, rank 0 schedules and samples and the others follow; or on TensorRT-LLM."""
