@@ -43,10 +43,11 @@ Calibration data is a .jsonl file: {"text": ...}, {"messages": [...]} or {"input
 @click.option("--workers", type=int, help="Processes on this machine that share the work, under mpirun.  [default: 1]")
 @click.option("--memory_budget", metavar="SIZE", help="Most memory to take, like 8GiB.  [default: 70% of what is free]")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace a checkpoint that is already in --output_dir.")
+@click.option("--no_verify", is_flag=True, help="Do not check the structure of what was written.")
 @click.option("--dry_run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @config_option
 @output_options
-def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) -> None:
+def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool, **flags: Any) -> None:
     """Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint, layer by layer in one pass.
 
     Started under mpirun or srun, or with --workers, several processes share the work; the result is the same bytes.
@@ -80,6 +81,19 @@ def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) ->
             report = run_quantization(plan, progress.layer_done, team, progress.begin)
     if team.rank == 0:
         _summarize(report, output)
+        if not no_verify:
+            _verify(recipe.output_dir, output)
+
+
+def _verify(output_dir: Path, output: Output) -> None:
+    """Look at the structure of what was written; the matrices are not read again."""
+    from arctic_trt.cli.verify import fail_if_wrong, show_findings
+    from arctic_trt.report.verify.run import verify_structure
+
+    found = verify_structure(output_dir)
+    if not output.json_mode:
+        show_findings(found, output)
+    fail_if_wrong(found, output_dir)
 
 
 def _announce(plan: QuantizePlan, output: Output) -> None:

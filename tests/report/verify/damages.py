@@ -1,0 +1,350 @@
+"""Ways in which a checkpoint goes wrong, each done to a copy: 4 ranks, 2 of them for each half of the experts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Damage = Callable[[Path, Path], None]
+DAMAGES: dict[str, Damage] = {}
+LAYER0, LAYER1 = "transformer.layers.0.", "transformer.layers.1."
+RANKS, HEAD_DIM, Q_ROWS, KV_ROWS = 4, 8, 32, 16
+
+
+def damage(name: str) -> Callable[[Damage], Damage]:
+    def register(function: Damage) -> Damage:
+        assert name not in DAMAGES
+        DAMAGES[name] = function
+        return function
+
+    return register
+
+
+def rank_path(directory: Path, rank: int) -> Path:
+    return directory / f"rank{rank}.safetensors"
+
+
+def edit(directory: Path, change: Callable[[Tensors], object], ranks: range | list[int] = range(RANKS)) -> None:
+    for rank in ranks:
+        tensors = load_file(rank_path(directory, rank))
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, rank_path(directory, rank))
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, object]], object]) -> None:
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def swap(tensors: Tensors, a: str, b: str) -> None:
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def put(tensors: Tensors, name: str, value: Tensor) -> None:
+    tensors[name] = value
+
+
+def flip(tensor: Tensor, byte: int, bit: int) -> Tensor:
+    flat = tensor.contiguous().clone().view(-1).view(torch.uint8)
+    flat[byte] ^= 1 << bit
+    return flat.view(tensor.dtype).view(tensor.shape)
+
+
+def exchange_rows(tensor: Tensor, a: slice, b: slice) -> Tensor:
+    bytes_, out = tensor.view(torch.uint8), tensor.clone().view(torch.uint8)
+    out[a], out[b] = bytes_[b], bytes_[a]
+    return out.view(tensor.dtype)
+
+
+@damage("w1 and w3 of an expert swapped")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        fc = t[LAYER0 + "mlp.fc.weight"]
+        half = fc.shape[1] // 2
+        fc.view(torch.uint8)[1] = torch.cat([fc.view(torch.uint8)[1, half:], fc.view(torch.uint8)[1, :half]])
+
+    edit(out, change)
+
+
+@damage("residual w1 and w3 swapped")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: swap(t, LAYER0 + "residual_mlp.fc.weight", LAYER0 + "residual_mlp.gate.weight"))
+
+
+@damage("two experts permuted, scales with them")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for part in ("fc", "proj"):
+            for leaf in ("weight", "weights_scaling_factor"):
+                name = f"{LAYER1}mlp.{part}.{leaf}"
+                t[name] = exchange_rows(t[name], slice(0, 1), slice(1, 2))
+
+    edit(out, change)
+
+
+@damage("a shard transposed")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        name = LAYER0 + "attention.dense.weight"
+        t[name] = t[name].view(torch.uint8).t().contiguous().view(t[name].shape).view(t[name].dtype)
+
+    edit(out, change, [2])
+
+
+@damage("activation scale of another layer")
+def _(out: Path, other: Path) -> None:
+    leaf = "attention.dense.activation_scaling_factor"
+    edit(out, lambda t: swap(t, LAYER0 + leaf, LAYER1 + leaf))
+
+
+@damage("weight scale of another layer")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: swap(t, LAYER0 + "attention.qkv.weights_scaling_factor", LAYER1 + "attention.qkv.weights_scaling_factor"))
+
+
+@damage("weight scale of another expert")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "mlp.proj.weights_scaling_factor"
+    edit(out, lambda t: put(t, name, exchange_rows(t[name], slice(0, 1), slice(1, 2))))
+
+
+@damage("an expert's scale left at 1.0")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "mlp.fc.weights_scaling_factor"].view(-1)[0].fill_(1.0))
+
+
+@damage("a rank of another run")
+def _(out: Path, other: Path) -> None:
+    shutil.copy(rank_path(other, 1), rank_path(out, 1))
+
+
+@damage("rank files exchanged")
+def _(out: Path, other: Path) -> None:
+    saved = rank_path(out, 0).read_bytes()
+    shutil.copy(rank_path(out, 2), rank_path(out, 0))
+    rank_path(out, 2).write_bytes(saved)
+
+
+@damage("KV scale missing")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t.pop(LAYER1 + "attention.kv_cache_scaling_factor"))
+
+
+@damage("KV scale changed")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "attention.kv_cache_scaling_factor"].mul_(1.5))
+
+
+@damage("one bit of a matrix")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, LAYER1 + "mlp.proj.weight", flip(t[LAYER1 + "mlp.proj.weight"], 77, 0)), [3])
+
+
+@damage("one bit of a scale, on one rank")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "mlp.fc.activation_scaling_factor"
+    edit(out, lambda t: put(t, name, flip(t[name], 0, 0)), [1])
+
+
+@damage("one bit of a scale, on all ranks")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "mlp.fc.activation_scaling_factor"
+    edit(out, lambda t: put(t, name, flip(t[name], 0, 0)))
+
+
+@damage("one bit of a norm, on all ranks")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "post_layernorm.weight"
+    edit(out, lambda t: put(t, name, flip(t[name], 4, 3)))
+
+
+@damage("a norm on one rank")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "input_layernorm.weight"].mul_(2), [3])
+
+
+@damage("norms of a layer exchanged")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: swap(t, LAYER0 + "input_layernorm.weight", LAYER0 + "post_layernorm.weight"))
+
+
+@damage("a NaN byte")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "mlp.fc.weight"].view(torch.uint8).view(-1)[5:6].fill_(0x7F), [0])
+
+
+@damage("a negative NaN byte")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "attention.qkv.weight"].view(torch.uint8).view(-1)[5:6].fill_(0xFF), [2])
+
+
+@damage("infinity in the embedding")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t["transformer.vocab_embedding.weight"].view(-1)[3:4].fill_(float("inf")), [2])
+
+
+@damage("a matrix of zeros")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "mlp.proj.weight"][1].view(torch.uint8).zero_(), [1])
+
+
+@damage("a file cut short")
+def _(out: Path, other: Path) -> None:
+    rank_path(out, 1).write_bytes(rank_path(out, 1).read_bytes()[:-7])
+
+
+@damage("an empty file")
+def _(out: Path, other: Path) -> None:
+    rank_path(out, 1).write_bytes(b"")
+
+
+@damage("a file missing")
+def _(out: Path, other: Path) -> None:
+    rank_path(out, 3).unlink()
+
+
+@damage("a file too many")
+def _(out: Path, other: Path) -> None:
+    shutil.copy(rank_path(out, 3), rank_path(out, 4))
+
+
+@damage("a tensor too many")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, "transformer.layers.2.input_layernorm.weight", torch.ones(4)), [0])
+
+
+@damage("a shape")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "mlp.fc.weights_scaling_factor"
+    edit(out, lambda t: put(t, name, t[name].view(-1)), [0])
+
+
+@damage("router stored in bf16")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, LAYER0 + "mlp.router.weight", t[LAYER0 + "mlp.router.weight"].bfloat16()))
+
+
+@damage("router rounded to e4m3")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "mlp.router.weight"
+    edit(out, lambda t: put(t, name, t[name].to(torch.float8_e4m3fn).float()))
+
+
+@damage("codes stored as int8")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, LAYER0 + "attention.qkv.weight", t[LAYER0 + "attention.qkv.weight"].view(torch.int8)), [0])
+
+
+@damage("q heads permuted")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "attention.qkv.weight"
+    edit(out, lambda t: put(t, name, exchange_rows(t[name], slice(0, HEAD_DIM), slice(HEAD_DIM, 2 * HEAD_DIM))))
+
+
+@damage("k and v exchanged")
+def _(out: Path, other: Path) -> None:
+    name, k, v = LAYER0 + "attention.qkv.weight", slice(Q_ROWS, Q_ROWS + KV_ROWS), slice(Q_ROWS + KV_ROWS, Q_ROWS + 2 * KV_ROWS)
+    edit(out, lambda t: put(t, name, exchange_rows(t[name], k, v)))
+
+
+@damage("signs of a matrix flipped")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "residual_mlp.proj.weight"].view(torch.uint8).bitwise_xor_(0x80), [1])
+
+
+@damage("codes cast towards zero")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        codes = t[LAYER1 + "residual_mlp.fc.weight"].view(torch.uint8)
+        codes.sub_(((codes & 0x7F) > 8).to(torch.uint8) * (torch.arange(codes.numel()).view(codes.shape) % 2).to(torch.uint8))
+
+    edit(out, change)
+
+
+@damage("layers exchanged")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for name in [name for name in t if name.startswith(LAYER0)]:
+            swap(t, name, LAYER1 + name.removeprefix(LAYER0))
+
+    edit(out, change)
+
+
+@damage("embedding rows exchanged")
+def _(out: Path, other: Path) -> None:
+    name = "transformer.vocab_embedding.weight"
+    edit(out, lambda t: put(t, name, t[name][torch.randperm(len(t[name]), generator=torch.Generator().manual_seed(0))]), [1])
+
+
+@damage("embedding as output head")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, "lm_head.weight", t["transformer.vocab_embedding.weight"].clone()))
+
+
+@damage("fc and gate with scales of their own")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "residual_mlp.gate.weights_scaling_factor"].mul_(1.25))
+
+
+@damage("a scale of zero")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "mlp.fc.weights_scaling_factor"].view(-1)[1:2].zero_())
+
+
+@damage("a scale that is NaN")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "attention.dense.activation_scaling_factor"].fill_(float("nan")))
+
+
+@damage("a scale eight times too small")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "mlp.fc.activation_scaling_factor"].div_(8))
+
+
+@damage("config of another top_k")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["moe"].update(top_k=1))  # type: ignore[attr-defined]
+
+
+@damage("config of another rope base")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(rotary_base=500000.0))
+
+
+@damage("config without residual_mlp")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.pop("residual_mlp"))
+
+
+@damage("config of another activation")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(hidden_act="silu"))
+
+
+@damage("config of twice the ranks")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["mapping"].update(world_size=8, tp_size=8, moe_tp_size=4))  # type: ignore[attr-defined]
+
+
+@damage("config for a bf16 cache")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["quantization"].update(kv_cache_quant_algo=None))  # type: ignore[attr-defined]
+
+
+@damage("config missing")
+def _(out: Path, other: Path) -> None:
+    (out / "config.json").unlink()
+
+
+@damage("marker of unfinished work")
+def _(out: Path, other: Path) -> None:
+    (out / ".arctic-trt-unfinished").write_text("{}")
