@@ -245,6 +245,7 @@ FROZEN_FLAGS = {
     "--workers": "integer",
     "--memory_budget": "text",
     "--overwrite": "flag",
+    "--no_verify": "flag",
     "--dry_run": "flag",
     "--config": "file",
     "--json": "flag",
