@@ -13,7 +13,7 @@ from arctic_trt.cli.progress import LayerProgress
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
-    from arctic_trt.quantize.pipeline import QuantizePlan
+    from arctic_trt.quantize.plan import QuantizePlan
 
 EPILOG = """\b
 Example, the official recipe's first step:
@@ -57,7 +57,8 @@ def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool,
 
     recipe = resolve(QuantizeRecipe, flags, config)
     from arctic_trt.quantize.mpi import join_team, start_workers
-    from arctic_trt.quantize.pipeline import check_output, finished_report, plan_quantization, run_quantization, settle_output
+    from arctic_trt.quantize.pipeline import check_output, finished_report, run_quantization, settle_output
+    from arctic_trt.quantize.plan import plan_quantization
 
     if recipe.workers > 1 and launch is None and not dry_run:
         start_workers(recipe.workers, sys.argv[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arctic_trt import __version__
 from arctic_trt.checkpoint.journal import Journal
@@ -16,13 +16,11 @@ from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.data import plan_batches
 from arctic_trt.quantize.layer_pass import LayerPass, LayerSummary
 from arctic_trt.quantize.meter import Meter
+from arctic_trt.quantize.plan import QuantizePlan
 from arctic_trt.quantize.rows import FileRows, MemoryRows, Rows, load_rows, save_rows, sync_file
 from arctic_trt.quantize.scales import GivenAmax, weight_amax
 from arctic_trt.quantize.stream import WeightStream, WorkPool
 from arctic_trt.quantize.team import Team
-
-if TYPE_CHECKING:
-    from arctic_trt.quantize.pipeline import QuantizePlan
 
 OnLayer = Callable[[LayerSummary, Meter], None]
 logger = logging.getLogger(__name__)

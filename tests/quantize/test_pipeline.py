@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arctic_trt.quantize.memory import MemoryPlan
-from arctic_trt.quantize.pipeline import plan_quantization
+from arctic_trt.quantize.plan import plan_quantization
 from arctic_trt.recipes import QuantizeRecipe
 from tests.support.checkpoints import (
     TINY,

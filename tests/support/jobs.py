@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from arctic_trt.quantize.memory import MIN_DEPTH, MemoryPlan, estimate_peak
-from arctic_trt.quantize.pipeline import plan_quantization, run_quantization
+from arctic_trt.quantize.pipeline import run_quantization
+from arctic_trt.quantize.plan import plan_quantization
 from arctic_trt.recipes import QuantizeRecipe
 from tests.support.checkpoints import Tensors
 
