@@ -24,7 +24,7 @@ ARCTIC = read_config(ROOT / "tests" / "data" / "arctic-config")
 
 def test_every_command_line_is_one_that_arctic_trt_takes() -> None:
     lines = list(in_text(COMMANDS))
-    assert [line[0] for line in lines] == ["doctor", "plan", "quantize", "build", "run"]
+    assert [line[0] for line in lines] == ["doctor", "plan", "quantize", "verify", "build", "run"]
     for line in lines:
         parse(line)
 
@@ -36,8 +36,9 @@ def test_a_flag_that_does_not_exist_would_be_noticed() -> None:
 
 
 def test_steps_hand_over_to_each_other() -> None:
-    _, plan, quantize, build, run = (parse(line).params for line in in_text(COMMANDS))
-    assert quantize["output_dir"] == build["checkpoint_dir"]
+    _, plan, quantize, verify, build, run = (parse(line).params for line in in_text(COMMANDS))
+    assert quantize["output_dir"] == verify["path"] == build["checkpoint_dir"]
+    assert verify["against"] == quantize["model_dir"]
     assert build["output_dir"] == run["engine_dir"]
     assert plan["model"] == quantize["model_dir"] == run["tokenizer_dir"]
     assert f"scripts/download_arctic {quantize['model_dir']}\n" in COMMANDS
