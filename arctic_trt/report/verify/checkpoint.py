@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, plan_config, plan_rank, rank_file
 from arctic_trt.checkpoint.output_dir import MARKER
-from arctic_trt.checkpoint.tensors import TensorFile, describe
+from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, describe
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping, Rank
@@ -86,6 +86,8 @@ def _check_files(checkpoint: OpenCheckpoint, found: Verification) -> None:
     for item in sorted(checkpoint.path.iterdir()):
         if re.fullmatch(r"rank\d+\.(safetensors|engine)", item.name) and item.name not in wanted:
             found.error("file", item.name, "", f"{item.name} belongs to no rank of this checkpoint ({len(wanted)} ranks).")
+        if item.name.endswith(PARTIAL):
+            found.error("file", item.name, "", f"{item.name} is a file that was never finished.")
         if item.name == MARKER:
             found.error("file", item.name, "", f"{item.name} marks unfinished work: the checkpoint is not complete.")
 
@@ -192,7 +194,8 @@ def _is_experts_weight_scale(suffix: str) -> bool:
 def _check_scales(scales: dict[str, dict[int, tuple[str, Tensor]]], found: Verification) -> None:
     for suffix, by_layer in scales.items():
         everything = torch.cat([values for _, values in by_layer.values()])
-        median = everything[everything.isfinite()].median() if everything.isfinite().any() else torch.tensor(1.0)
+        usable = everything[everything.isfinite() & (everything > 0)]  # what is not is an error of its own, not a peer
+        median = usable.median() if len(usable) else torch.tensor(1.0)
         for layer, (file, values) in by_layer.items():
             _check_scale(suffix, layer, file, values, float(median), found)
     for first, second in TWINS:
@@ -230,12 +233,12 @@ def _check_report(checkpoint: OpenCheckpoint, scales: dict[str, dict[int, tuple[
     except (ValueError, KeyError, TypeError):
         found.error("report", REPORT, "", f"{REPORT} cannot be read.")
         return
-    for layer, of_layer in enumerate(recorded):
-        for suffix, value in of_layer.items():
-            stored = scales.get(suffix, {}).get(layer)
-            if stored is not None and stored[1].numel() == 1 and float(stored[1]) != value:
+    for suffix, by_layer in scales.items():
+        for layer, (file, stored) in by_layer.items():
+            value = recorded[layer].get(suffix) if layer < len(recorded) else None
+            if stored.numel() == 1 and float(stored) != value:
                 name = f"layer {layer} {suffix}"
-                found.error("scale", stored[0], name, f"{name} is {float(stored[1])!r}, {REPORT} says {value!r}.")
+                found.error("scale", file, name, f"{name} is {float(stored)!r}, {REPORT} says {value!r}.")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ def verify(
     """
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory.", "Point it at a checkpoint or an engine.")
-    config = path / "config.json"
-    if config.is_file() and is_engine_config(read_json(config, "It is not what arctic-trt writes.")):
+    if _is_engine(path):
         return _verify_engine(path, against, share, on_progress)
     found = Verification()
     checkpoint = open_checkpoint(path, found)
@@ -63,6 +62,14 @@ def verify(
         source.close()
     checkpoint.close()
     return found
+
+
+def _is_engine(path: Path) -> bool:
+    """Whether ``config.json`` is an engine's; one that cannot be read is the checkpoint's to report, as a finding."""
+    try:
+        return is_engine_config(read_json(path / "config.json", ""))
+    except (UsageError, OSError):
+        return False
 
 
 def _check_same_model(checkpoint: OpenCheckpoint, source: HfCheckpoint, found: Verification) -> None:

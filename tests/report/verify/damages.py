@@ -295,6 +295,27 @@ def _(out: Path, other: Path) -> None:
     edit(out, lambda t: t[LAYER0 + "residual_mlp.gate.weights_scaling_factor"].mul_(1.25))
 
 
+@damage("a scale of zero in one of two layers")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "attention.qkv.activation_scaling_factor"].zero_())
+
+
+@damage("config cut short")
+def _(out: Path, other: Path) -> None:
+    (out / "config.json").write_text('{"architecture": ')
+
+
+@damage("a site missing in the report")
+def _(out: Path, other: Path) -> None:
+    path = out / "report" / "quantize.json"
+    path.write_text(path.read_text().replace("attention.dense.activation", "attention.dance.activation"))
+
+
+@damage("a file that was never finished")
+def _(out: Path, other: Path) -> None:
+    (out / "rank0.safetensors.partial").write_bytes(b"x")
+
+
 @damage("a scale of zero")
 def _(out: Path, other: Path) -> None:
     edit(out, lambda t: t[LAYER0 + "mlp.fc.weights_scaling_factor"].view(-1)[1:2].zero_())
