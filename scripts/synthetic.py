@@ -1,12 +1,14 @@
-"""Random Arctic checkpoints of any size, written tensor by tensor, and token ids to go with them."""
+"""Arctic checkpoints made on the spot, tensor by tensor: random ones of any size, and small trained ones made wider."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from arctic_trt.checkpoint.layout import TensorSpec, plan_layout
 from arctic_trt.checkpoint.tensors import TensorFileWriter
@@ -41,23 +43,70 @@ FULL_WIDTH = {
 }
 
 
-def make_checkpoint(directory: Path, **changes: object) -> ArcticConfig:
-    """A random bf16 checkpoint, written tensor by tensor; kept if it is there already."""
+def make_checkpoint(directory: Path, *, seed: int = 0, **changes: object) -> ArcticConfig:
+    """A random bf16 checkpoint, written tensor by tensor; kept if one of this configuration is there already."""
     raw = {**BASE, **changes}
     config = parse_config(raw)
     if (directory / "config.json").exists() and json.loads((directory / "config.json").read_text()) == raw:
         return config
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed))
+    order = {name: index for index, name in enumerate(hf_shapes(config))}
+    write_checkpoint(directory, raw, lambda name, shape: random_weight(noise, shape, order[name]))
+    return config
+
+
+def write_checkpoint(
+    directory: Path, raw: dict[str, object], weight: Callable[[str, tuple[int, ...]], torch.Tensor]
+) -> ArcticConfig:
+    """model.safetensors with one tensor in memory at a time, and then config.json, so that an interrupted one has none."""
+    config = parse_config(raw)
     shapes = hf_shapes(config)
     specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
     file = TensorFileWriter(directory / "model.safetensors", plan_layout(specs, {"format": "pt"}))
-    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    for index, (name, shape) in enumerate(shapes.items()):
-        file.write(name, random_weight(noise, shape, index))
+    for name, shape in shapes.items():
+        file.write(name, weight(name, shape))
     file.finish()
     (directory / "config.json").write_text(json.dumps(raw))
     return config
+
+
+def widen_checkpoint(source: Path, directory: Path, factor: int) -> ArcticConfig:
+    """The same function as ``source`` computes, in heads, layers and experts ``factor`` (4 or 16) times as wide.
+
+    TensorRT-LLM has no kernels for very small sizes: heads have 32 numbers at least, a rank's part of an expert a multiple of 16
+    in FP8. So every number is followed by ``factor - 1`` zeros. What depends on a length is corrected by powers of two,
+    exactly in bf16: the norms (a mean over more numbers) and q (whose products are divided by the root of the head size). The
+    spacing keeps every rotary frequency: number i of a head of n turns as number factor * i of a head of factor * n.
+    """
+    raw = json.loads((source / "config.json").read_text())
+    raw["hidden_size"] *= factor
+    raw["intermediate_size"] *= factor
+    raw["rms_norm_eps"] /= factor
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name != "config.json" and ".safetensors" not in path.name:
+            shutil.copy(path, directory)
+    files = {}
+    for path in sorted(source.glob("*.safetensors")):
+        file = safe_open(path, "pt")
+        files |= dict.fromkeys(file.keys(), file)
+    return write_checkpoint(directory, raw, lambda name, _: widen_weight(name, files[name].get_tensor(name), factor))
+
+
+def widen_weight(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
+    """Zeros between the numbers of every dimension but those that count tokens of the vocabulary or experts."""
+    root = {4: 2, 16: 4}[factor]
+    if weight.dim() == 1:
+        weight = weight / root
+    elif name.endswith("q_proj.weight"):
+        weight = weight * root
+    counts = name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight"))
+    steps = [1 if counts and dim == 0 else factor for dim in range(weight.dim())]
+    wide = weight.new_zeros([length * step for length, step in zip(weight.shape, steps, strict=True)])
+    wide[tuple(slice(None, None, step) for step in steps)] = weight
+    return wide
 
 
 def random_weight(noise: torch.Tensor, shape: tuple[int, ...], index: int) -> torch.Tensor:
@@ -68,7 +117,7 @@ def random_weight(noise: torch.Tensor, shape: tuple[int, ...], index: int) -> to
     return (1 + 0.1 * values).bfloat16() if len(shape) == 1 else (values * gain * shape[-1] ** -0.5).bfloat16()
 
 
-def make_samples(path: Path, vocab_size: int, samples: int, tokens: int) -> Path:
-    ids = torch.randint(0, vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(5))
+def make_samples(path: Path, vocab_size: int, samples: int, tokens: int, *, seed: int = 5) -> Path:
+    ids = torch.randint(0, vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(seed))
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
     return path

@@ -92,21 +92,80 @@ def own_logits(margin: float) -> Logits:
 
 
 @pytest.mark.parametrize(
-    ("margin", "allowed", "code"), [(0.1, 0, 0), (0.3, 0, 1), (0.3, 1, 0)], ids=["near tie", "clear", "one clear is allowed"]
+    ("margin", "allowed", "code"),
+    [(0.125, 0, 0), (0.25, 0, 0), (0.3, 0, 1), (0.3, 1, 0), (-0.3, 0, 1), (np.nan, 0, 1), (np.inf, 0, 1)],
+    ids=["near tie", "at the tolerance", "clear", "one clear is allowed", "other logits", "NaN", "infinity"],
 )
 def test_tokens_may_part_at_a_near_tie(margin: float, allowed: int, code: int, tmp_path: Path) -> None:
     a = run(tmp_path / "a.json", [5, 7, 6], [4, 4])
     b = run(tmp_path / "b.json", [5, 8, 1], [4, 4])
     words = [save(tmp_path / "p.npy", PROMPTS), a, b, save(tmp_path / "own.npy", own_logits(margin))]
-    found, text = compare("tokens", *words, "--tolerance", 0.2, "--max_unexplained", allowed)
+    found, text = compare("tokens", *words, "--tolerance", 0.25, "--max_unexplained", allowed)
     assert found == code and "3 of 5 before the first difference" in text
-    assert ("prompt 0 at token 1 by 0.3" in text) == (margin > 0.2)
+    assert ("clear preferences reversed: 1" in text and "prompt 0 at token 1" in text) == (not abs(margin) <= 0.25)
 
 
 def test_a_text_that_ends_early_is_not_explained(tmp_path: Path) -> None:
     words = [save(tmp_path / "p.npy", PROMPTS), run(tmp_path / "a.json", [5, 7], [4]), run(tmp_path / "b.json", [5], [4])]
     code, text = compare("tokens", *words, save(tmp_path / "own.npy", own_logits(0)), "--tolerance", 9, "--max_unexplained", 0)
     assert code == 1 and "prompt 0 at token 1 by inf" in text
+
+
+def test_the_tolerance_is_what_errors_of_the_allowed_size_explain(logits: Logits, tmp_path: Path) -> None:
+    """Logits of deviation 1, of which six times 5 % is 0.3."""
+    prompts, own = save(tmp_path / "p.npy", PROMPTS), logits[:2]
+    a, b = run(tmp_path / "a.json", [7], [4]), run(tmp_path / "b.json", [8], [4])
+    for margin, code in ((0.25, 0), (0.35, 1)):
+        own[0, 1, 7] = own[0, 1, 8] + margin
+        words = [prompts, a, b, save(tmp_path / "own.npy", own), "--max_unexplained", 0]
+        assert compare("tokens", *words)[0] == code
+
+
+def test_outputs_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    words = [save(tmp_path / "p.npy", PROMPTS), run(tmp_path / "a.json", [5], [4]), run(tmp_path / "b.json", [5])]
+    code, text = compare("tokens", *words, save(tmp_path / "own.npy", own_logits(0)), "--tolerance", 9)
+    assert code == 1 and "expected 2 outputs, found 2 and 1, with logits of 2" in text
+
+
+def test_no_tokens_and_no_logits_are_no_agreement(logits: Logits, tmp_path: Path) -> None:
+    a = run(tmp_path / "a.json", [], [])
+    words = [save(tmp_path / "p.npy", PROMPTS), a, a, save(tmp_path / "own.npy", own_logits(0))]
+    assert compare("tokens", *words, "--tolerance", 9)[0] == 1
+    zeros = save(tmp_path / "zeros.npy", logits * 0)
+    code, text = compare("logits", zeros, zeros)
+    assert code == 1 and "expected logits, found zeros alone" in text
+    nothing = run(tmp_path / "nothing.json")
+    assert compare("equal", nothing, nothing)[0] == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"half a line {"], ids=["missing", "empty", "no outputs", "broken"])
+@pytest.mark.parametrize("kind", ["logits", "tokens", "equal", "stopped"])
+def test_what_cannot_be_read_fails_in_a_line(kind: str, content: bytes | None, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    if content is not None:
+        bad.write_bytes(content)
+    words = {"logits": [bad, bad], "tokens": [bad, bad, bad, bad], "equal": [bad, bad], "stopped": [bad, bad, "x"]}[kind]
+    code, text = compare("--name", "tiny:", kind, *words)
+    assert code == 1 and text.startswith(f"FAIL  tiny: {kind} ") and text.count("\n") == 1
+    assert "expected runs that can be compared, found " in text
+
+
+def texts(path: Path, *endings: tuple[str, str]) -> Path:
+    outputs = [{"text": text, "token_ids": [1], "prompt_tokens": 2, "finish_reason": reason} for text, reason in endings]
+    path.write_text(json.dumps({"outputs": outputs}))
+    return path
+
+
+def test_stop_words(tmp_path: Path) -> None:
+    whole = texts(tmp_path / "a.json", ("one two three two", "length"), ("four", "stop"))
+    assert compare("word", whole) == (0, "three\n")
+    code, text = compare("stopped", whole, texts(tmp_path / "b.json", ("one ", "stop"), ("four", "stop")), "two")
+    assert code == 0 and "1 of 2 texts ended before 'two'" in text
+    for ending in (("one two three ", "stop"), ("one two", "stop"), ("one ", "length")):
+        code, text = compare("stopped", whole, texts(tmp_path / "b.json", ending, ("four", "stop")), "two")
+        assert code == 1 and "prompt 0" in text
+    code, text = compare("stopped", whole, whole, "five")
+    assert code == 1 and "found it in none" in text
 
 
 def test_prompts_with_their_tokens_behind_them(tmp_path: Path) -> None:
