@@ -86,14 +86,14 @@ class HfCheckpoint:
         """One expert's three matrices: 209 MB at Arctic's full width."""
         return MlpWeights(*self._read_all(expert_names(layer, expert), memory))
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Have the disk start on ``names`` before they are read."""
-        for name in names:
+    def expect(self, layer: int, expert: int | None) -> None:
+        """Have the disk start on an expert, or on the dense part, of ``layer`` before it is read."""
+        for name in part_names(layer, expert):
             self._home[name].expect(name)
 
-    def num_bytes(self, names: Iterable[str]) -> int:
-        """Bytes of ``names`` in the files, each rounded up as :meth:`dense` and :meth:`expert` place them in memory."""
-        return sum(aligned(self._stored(name).spec.num_bytes) for name in names)
+    def buffer_bytes(self, layer: int, expert: int | None) -> int:
+        """Bytes of a part in the files, each tensor rounded up as :meth:`dense` and :meth:`expert` place it in memory."""
+        return sum(aligned(self._stored(name).spec.num_bytes) for name in part_names(layer, expert))
 
     def _read_all(self, names: Sequence[str], memory: Tensor | None) -> list[Tensor]:
         if memory is None:
@@ -166,6 +166,11 @@ def dense_names(layer: int) -> list[str]:
 def expert_names(layer: int, expert: int) -> list[str]:
     """The three matrices of an expert, in the order of :class:`MlpWeights`' fields."""
     return [hf_expert(layer, expert, matrix) for matrix in ("w1", "w2", "w3")]
+
+
+def part_names(layer: int, expert: int | None) -> list[str]:
+    """The tensors of ``expert``, or, when that is None, those that every token passes."""
+    return dense_names(layer) if expert is None else expert_names(layer, expert)
 
 
 def aligned(num_bytes: int) -> int:

@@ -25,7 +25,7 @@ from arctic_trt.model.config import ArcticConfig
 
 Observe = Callable[[str, Tensor], None]
 
-Weights = TypeVar("Weights", "AttentionWeights", "MlpWeights", "DenseWeights")
+Weights = TypeVar("Weights")
 
 QKV = "attention.qkv"
 DENSE = "attention.dense"
@@ -73,9 +73,9 @@ class DenseWeights:
 
 
 def on_device(weights: Weights, device: str) -> Weights:
-    """The same weights in the memory of ``device``; nothing is copied that is there already."""
+    """The same weights, a dataclass of tensors, in the memory of ``device``; nothing is copied that is there already."""
     moved: dict[str, Any] = {}
-    for name in (item.name for item in fields(weights)):
+    for name in (item.name for item in fields(weights)):  # type: ignore[arg-type]
         value = getattr(weights, name)
         moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else on_device(value, device)
     return type(weights)(**moved)

@@ -19,10 +19,11 @@ from arctic_trt.checkpoint.writer import RankFiles
 from arctic_trt.errors import CheckpointError
 from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights, on_device
 from arctic_trt.model.names import LAYER, hf_layer, weight_scale
-from arctic_trt.quantize.calibrate import Calibration, Contribution
+from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.scales import GivenAmax, quantize_attention, quantize_mlp, scale_activations, scale_kv_cache, weight_amax
 from arctic_trt.quantize.stream import WeightStream, WorkPool
 from arctic_trt.quantize.team import Team
+from arctic_trt.quantize.token_pass import Contribution
 
 ROWS = {row.trt.removesuffix(".weight"): row for row in LAYER}
 DENSE_SCALES = ("attention.qkv", "attention.dense", "residual_mlp.fc", "residual_mlp.gate", "residual_mlp.proj")
@@ -52,7 +53,7 @@ class LayerPass:
         files: RankFiles,
         quant: QuantFormat,
         calibration: Calibration | None,
-        stream: WeightStream,
+        stream: WeightStream[DenseWeights, MlpWeights],
         pool: WorkPool,
         team: Team,
         at: Callable[[int, int], None],

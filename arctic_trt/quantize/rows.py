@@ -1,4 +1,4 @@
-"""Rows of bf16 activations, one a calibration token, in memory or in a file.
+"""Rows of activations, one a token, in memory or in a file.
 
 Hidden states are all that lives from layer to layer. When they outgrow the memory budget they go to a file that is read and
 written by position; mapping it would count towards the resident size again.
@@ -23,7 +23,7 @@ AGAIN = "Run the same command again: it starts over."
 
 
 class Rows(Protocol):
-    """A bf16 matrix x_TD of which only parts are handled at a time; ``token`` are ascending int64 indices."""
+    """A matrix x_TD of which only parts are handled at a time; ``token`` are ascending int64 indices."""
 
     def read(self, begin: int, end: int) -> Tensor:
         """Rows ``begin`` to ``end``; not to be modified."""
@@ -38,7 +38,7 @@ class Rows(Protocol):
         ...
 
     def add(self, token: Tensor, x_TD: Tensor) -> None:
-        """Add ``x_TD`` to the given distinct rows, rounding to bf16."""
+        """Add ``x_TD`` to the given distinct rows, rounding to their dtype."""
         ...
 
     def clear(self) -> None:
@@ -53,8 +53,8 @@ class Rows(Protocol):
 class MemoryRows:
     """Rows in memory."""
 
-    def __init__(self, tokens: int, hidden: int) -> None:
-        self.x_TD = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.x_TD = torch.zeros(tokens, hidden, dtype=dtype)
 
     def read(self, begin: int, end: int) -> Tensor:
         return self.x_TD[begin:end]
@@ -78,9 +78,10 @@ class MemoryRows:
 class FileRows:
     """Rows in a file that is unlinked at once: it vanishes with the process, however that ends."""
 
-    def __init__(self, tokens: int, hidden: int, directory: Path) -> None:
+    def __init__(self, tokens: int, hidden: int, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.hidden = hidden
-        self._row_bytes = 2 * hidden
+        self.dtype = dtype
+        self._row_bytes = dtype.itemsize * hidden
         path = directory / f"rows-{os.getpid()}-{id(self):x}.partial"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         path.unlink()
@@ -88,7 +89,7 @@ class FileRows:
         self.clear()
 
     def read(self, begin: int, end: int) -> Tensor:
-        x_TD = torch.empty(end - begin, self.hidden, dtype=torch.bfloat16)
+        x_TD = torch.empty(end - begin, self.hidden, dtype=self.dtype)
         self._transfer(os.preadv, x_TD, begin)
         return x_TD
 
@@ -96,7 +97,7 @@ class FileRows:
         self._transfer(os.pwritev, x_TD.contiguous(), begin)
 
     def gather(self, token: Tensor) -> Tensor:
-        x_TD = torch.empty(len(token), self.hidden, dtype=torch.bfloat16)
+        x_TD = torch.empty(len(token), self.hidden, dtype=self.dtype)
         for begin, end, first in runs(token):
             self._transfer(os.preadv, x_TD[begin:end], first)
         return x_TD

@@ -9,16 +9,39 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from arctic_trt.checkpoint.hf import HfCheckpoint, dense_names, expert_names
-from arctic_trt.model.layer import DenseWeights, MlpWeights, on_device
+from arctic_trt.model.layer import on_device
 
-Weights = TypeVar("Weights", DenseWeights, MlpWeights)
+Weights = TypeVar("Weights")
+Dense = TypeVar("Dense")
+Expert = TypeVar("Expert")
+DenseOut = TypeVar("DenseOut", covariant=True)
+ExpertOut = TypeVar("ExpertOut", covariant=True)
 Result = TypeVar("Result")
+
+
+class LayerSource(Protocol[DenseOut, ExpertOut]):
+    """What a stream reads from: the parts of layers, in the form in which their user multiplies them."""
+
+    def dense(self, layer: int, memory: Tensor) -> DenseOut:
+        """Everything of ``layer`` but its experts, as far as possible in ``memory`` (uint8)."""
+        ...
+
+    def expert(self, layer: int, expert: int, memory: Tensor) -> ExpertOut:
+        """One expert."""
+        ...
+
+    def buffer_bytes(self, layer: int, expert: int | None) -> int:
+        """The memory that :meth:`dense` (``expert`` None) or :meth:`expert` wants."""
+        ...
+
+    def expect(self, layer: int, expert: int | None) -> None:
+        """The disk may start on this part."""
+        ...
 
 
 class Unit(Generic[Weights]):
@@ -61,37 +84,35 @@ class _Step:
     layer: int
     expert: int | None
 
-    @property
-    def names(self) -> list[str]:
-        return dense_names(self.layer) if self.expert is None else expert_names(self.layer, self.expert)
-
 
 class StopReading(Exception):  # noqa: N818 - not an error
     """The consumer has left; the reader ends quietly."""
 
 
-class WeightStream:
+class WeightStream(Generic[Dense, Expert]):
     """Reads, for each layer, the dense weights and then the given experts, in a thread of its own.
 
     At most ``depth`` experts and one layer's dense weights are in memory at a time, in buffers allocated once. Units are taken
     in the order in which they are read, by :meth:`dense` and :meth:`expert`; a failed read is raised there.
     """
 
-    def __init__(self, source: HfCheckpoint, layers: Iterable[int], experts: range, depth: int, device: str = "cpu") -> None:
+    def __init__(
+        self, source: LayerSource[Dense, Expert], layers: Iterable[int], experts: range, depth: int, device: str = "cpu"
+    ) -> None:
         self._source = source
         self._device = device
         self._steps = [_Step(layer, expert) for layer in layers for expert in (None, *experts)]
         self._depth = depth
-        self._ready: queue.SimpleQueue[tuple[_Step, Unit[DenseWeights] | Unit[MlpWeights] | BaseException]] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[_Step, Unit[Dense] | Unit[Expert] | BaseException]] = queue.SimpleQueue()
         self._free: dict[bool, queue.SimpleQueue[Tensor | None]] = {True: queue.SimpleQueue(), False: queue.SimpleQueue()}
         self._thread = threading.Thread(target=self._read_all, name="reader", daemon=True)
 
-    def __enter__(self) -> WeightStream:
+    def __enter__(self) -> WeightStream[Dense, Expert]:
         for dense, count in ((True, 1), (False, self._depth)):
             step = next((step for step in self._steps if (step.expert is None) is dense), None)
             for _ in range(count if step else 0):
                 assert step is not None
-                self._free[dense].put(torch.empty(self._source.num_bytes(step.names), dtype=torch.uint8))
+                self._free[dense].put(torch.empty(self._source.buffer_bytes(step.layer, step.expert), dtype=torch.uint8))
         self._thread.start()
         return self
 
@@ -101,17 +122,17 @@ class WeightStream:
         if error is None:
             self._thread.join()
 
-    def dense(self, layer: int) -> Unit[DenseWeights]:
+    def dense(self, layer: int) -> Unit[Dense]:
         """The next unit, which is the dense part of ``layer``."""
         unit = self._take(_Step(layer, None))
         return unit  # type: ignore[return-value]
 
-    def expert(self, layer: int, expert: int) -> Unit[MlpWeights]:
+    def expert(self, layer: int, expert: int) -> Unit[Expert]:
         """The next unit, which is ``expert`` of ``layer``."""
         unit = self._take(_Step(layer, expert))
         return unit  # type: ignore[return-value]
 
-    def _take(self, expected: _Step) -> Unit[DenseWeights] | Unit[MlpWeights]:
+    def _take(self, expected: _Step) -> Unit[Dense] | Unit[Expert]:
         step, unit = self._ready.get()
         if isinstance(unit, BaseException):
             raise unit
@@ -123,7 +144,7 @@ class WeightStream:
             try:
                 unit = self._read(step)
                 if index + 1 < len(self._steps):
-                    self._source.expect(self._steps[index + 1].names)
+                    self._source.expect(self._steps[index + 1].layer, self._steps[index + 1].expert)
             except StopReading:
                 return
             except BaseException as error:
@@ -131,14 +152,17 @@ class WeightStream:
                 return
             self._ready.put((step, unit))
 
-    def _read(self, step: _Step) -> Unit[DenseWeights] | Unit[MlpWeights]:
+    def _read(self, step: _Step) -> Unit[Dense] | Unit[Expert]:
         free = self._free[step.expert is None]
         memory = free.get()
         if memory is None:
             raise StopReading
         if step.expert is None:
-            return Unit(on_device(self._source.dense(step.layer, memory), self._device), lambda: free.put(memory))
-        return Unit(on_device(self._source.expert(step.layer, step.expert, memory), self._device), lambda: free.put(memory))
+            return Unit(self._placed(self._source.dense(step.layer, memory)), lambda: free.put(memory))
+        return Unit(self._placed(self._source.expert(step.layer, step.expert, memory)), lambda: free.put(memory))
+
+    def _placed(self, weights: Weights) -> Weights:
+        return weights if self._device == "cpu" else on_device(weights, self._device)
 
 
 class WorkPool:

@@ -15,10 +15,9 @@ from arctic_trt.checkpoint.hf import (
     HfCheckpoint,
     KvFold,
     aligned,
-    dense_names,
     distinct_kv_heads,
-    expert_names,
     fold_kv,
+    part_names,
 )
 from arctic_trt.errors import CheckpointError
 from tests.support.checkpoints import TINY, random_tensors, repeat_kv_heads, write_checkpoint
@@ -49,18 +48,18 @@ def test_weights_lie_side_by_side_in_memory_that_is_given(tmp_path: Path, hidden
     """Forty columns of bf16 are no multiple of the alignment."""
     config = {**TINY, "hidden_size": hidden, "intermediate_size": 33, "num_attention_heads": 4, "num_key_value_heads": 2}
     source = HfCheckpoint(write_checkpoint(tmp_path, config, random_tensors(config)))
-    for names, read in (
-        (dense_names(1), lambda memory: source.dense(1, memory)),
-        (expert_names(1, 5), lambda memory: source.expert(1, 5, memory)),
+    for expert, read in (
+        (None, lambda memory: source.dense(1, memory)),
+        (5, lambda memory: source.expert(1, 5, memory)),
     ):
-        size = source.num_bytes(names)
+        size, names = source.buffer_bytes(1, expert), part_names(1, expert)
         memory = torch.full((size + 8,), 7, dtype=torch.uint8)
         found, alone = flat(read(memory)), flat(read(None))
         assert all(a.equal(b) for a, b in zip(found, alone, strict=True))
         starts = sorted(tensor.data_ptr() - memory.data_ptr() for tensor in found)
         assert starts[0] == 0 and all(start % ALIGNMENT == 0 for start in starts) and (memory[size:] == 7).all()
         assert sum(tensor.nbytes for tensor in found) <= size < sum(tensor.nbytes for tensor in found) + ALIGNMENT * len(names)
-    source.expect(source.names)
+        source.expect(1, expert)
     source.close()
 
 

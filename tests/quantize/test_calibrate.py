@@ -13,13 +13,14 @@ from torch import Tensor
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 from arctic_trt.model.config import parse_config
 from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights, decoder_layer, gated_mlp, moe_input, route
-from arctic_trt.quantize import calibrate
-from arctic_trt.quantize.calibrate import Calibration, SiteAmax, padded_rows
+from arctic_trt.quantize import token_pass
+from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.fp8 import amax
 from arctic_trt.quantize.rows import FileRows, MemoryRows, Rows
 from arctic_trt.quantize.scales import quantize_together, scale_activations, scale_kv_cache, weight_amax
 from arctic_trt.quantize.stream import Unit, WorkPool
 from arctic_trt.quantize.team import Solo
+from arctic_trt.quantize.token_pass import SiteAmax, padded_rows
 from tests.support.checkpoints import TINY, random_ids, random_tensors
 
 CONFIG = parse_config({**TINY, "num_local_experts": 32})
@@ -100,7 +101,7 @@ def test_an_amax_is_the_maximum_over_all_samples(pool: WorkPool) -> None:
 def test_the_tokens_of_an_expert_may_pass_it_in_parts(pool: WorkPool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_ids(512, [30, 20])
     whole, expected, _ = calibrated(rows, pool)
-    monkeypatch.setattr(calibrate, "EXPERT_ROWS", 3)
+    monkeypatch.setattr(token_pass, "EXPERT_ROWS", 3)
     parts, found, _ = calibrated(rows, pool)
     assert found == expected and parts.hidden.read(0, 50).equal(whole.hidden.read(0, 50))
 
