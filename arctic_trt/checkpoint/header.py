@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,11 @@ def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Sto
     return StoredTensor(path, data_start + begin, spec)
 
 
-def file_digest_key(path: Path) -> tuple[str, int, bytes]:
-    """Name, size and header bytes: what identifies a shard without reading its data."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return path.name, os.fstat(file.fileno()).st_size, file.read(length)
+def digest_headers(paths: Iterable[Path]) -> str:
+    """SHA-256 of names, sizes and headers: what identifies files without reading their data."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(repr(path.name).encode() + repr(os.fstat(file.fileno()).st_size).encode() + file.read(length))
+    return digest.hexdigest()

@@ -37,12 +37,12 @@ class Journal:
         """Record ``layer``, whose bytes and whose :meth:`state` are durable; the state before it is no longer needed."""
         with named_errors(self._record(layer)):
             write_json(self._record(layer), record)
-        if layer:
-            self.state(layer - 1).unlink(missing_ok=True)
+        for path in self.directory.glob(f"layer_{layer - 1:04d}*.state") if layer else ():
+            path.unlink(missing_ok=True)
 
-    def state(self, layer: int) -> Path:
-        """Where the state after ``layer`` lies."""
-        return self.directory / f"layer_{layer:04d}.state"
+    def state(self, layer: int, part: str = "") -> Path:
+        """Where the state after ``layer``, or the named part of it, lies."""
+        return self.directory / f"layer_{layer:04d}{part and '-' + part}.state"
 
     def _record(self, layer: int) -> Path:
         return self.directory / f"layer_{layer:04d}.json"

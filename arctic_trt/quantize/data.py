@@ -26,8 +26,8 @@ NAMED_SAMPLES = 2048
 FORMS = '{"text": "..."}, {"messages": [{"role": ..., "content": ...}]} or {"input_ids": [...]}'
 
 
-def find_dataset(name: str) -> Path:
-    """The file that ``--calib_dataset`` means: a path, a set that comes with the package, or a named set, downloaded.
+def find_dataset(name: str, flag: str = "--calib_dataset") -> Path:
+    """The file that ``flag`` means: a path, a set that comes with the package, or a named set, downloaded.
 
     Raises :class:`UsageError` for a name that is neither, and :class:`RefusedError` when a named set cannot be had here.
     """
@@ -40,24 +40,29 @@ def find_dataset(name: str) -> Path:
         return path
     if name not in NAMED:
         raise UsageError(
-            f"--calib_dataset {name} is neither a file nor one of {', '.join([*BUILT_IN, *NAMED])}.",
+            f"{flag} {name} is neither a file nor one of {', '.join([*BUILT_IN, *NAMED])}.",
             "Give a .jsonl file with one sample a line, or a .txt file with one text a line.",
         )
-    return _download(name)
+    return _download(name, flag)
 
 
-def _download(name: str) -> Path:
+def cache_dir() -> Path:
+    """Where this user's caches of ours lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "arctic-trt"
+
+
+def _download(name: str, flag: str) -> Path:
     """A named set's training split as a jsonl file in the user's cache."""
     hub_name, configuration, column = NAMED[name]
-    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "arctic-trt" / f"{name}.jsonl"
+    cached = cache_dir() / f"{name}.jsonl"
     if cached.is_file():
         return cached
-    instead = "Give a .jsonl file of your own, or --calib_dataset default."
+    instead = f"Give a .jsonl file of your own, or {flag} default."
     try:
         from datasets import load_dataset
     except ImportError:
         raise RefusedError(
-            f"--calib_dataset {name} needs the package datasets, which is not installed.",
+            f"{flag} {name} needs the package datasets, which is not installed.",
             f"pip install 'arctic-trt[datasets]'. {instead}",
         ) from None
     try:
@@ -65,7 +70,7 @@ def _download(name: str) -> Path:
         lines = "".join(json.dumps({"text": row[column]}) + "\n" for row in rows)
     except Exception as error:  # the library raises whatever its network stack does
         reason = " ".join(str(error).split())[:200]
-        raise RefusedError(f"--calib_dataset {name} cannot be downloaded ({type(error).__name__}: {reason}).", instead) from None
+        raise RefusedError(f"{flag} {name} cannot be downloaded ({type(error).__name__}: {reason}).", instead) from None
     cached.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(cached, lines.encode())
     return cached

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from arctic_trt import __version__
-from arctic_trt.checkpoint.header import file_digest_key
+from arctic_trt.checkpoint.header import digest_headers
 from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.recipes import QuantizeRecipe
@@ -24,20 +24,17 @@ def fingerprint(
     A shard counts by its name, size and header. Where it lies, how many processes share the work, and how much memory they may
     take change nothing and are left out.
     """
-    headers = hashlib.sha256()
-    for path in source.shard_paths:
-        for item in file_digest_key(path):
-            headers.update(repr(item).encode() if not isinstance(item, bytes) else item)
     return {
         "version": __version__,
-        "checkpoint_headers": headers.hexdigest(),
-        "config": _digest(source.config.model_dump()),
-        "calibration_ids": _digest(list(map(list, samples))),
+        "checkpoint_headers": digest_headers(source.shard_paths),
+        "config": digest(source.config.model_dump()),
+        "calibration_ids": digest(list(map(list, samples))),
         "kv_cache_dtype": "fp8" if recipe.kv_fp8 else "none",
         **{name: getattr(recipe, name) for name in OUTPUT_FIELDS},
         **{name: size for name, size in mapping.as_dict().items() if name != "world_size"},
     }
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

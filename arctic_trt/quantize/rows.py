@@ -94,7 +94,7 @@ class FileRows:
         return x_TD
 
     def write(self, begin: int, x_TD: Tensor) -> None:
-        self._transfer(os.pwritev, x_TD.contiguous(), begin)
+        self._transfer(os.pwritev, x_TD.to(self.dtype).contiguous(), begin)
 
     def gather(self, token: Tensor) -> Tensor:
         x_TD = torch.empty(len(token), self.hidden, dtype=self.dtype)

@@ -2,6 +2,7 @@
 
 from arctic_trt.recipes.base import Recipe, read_yaml, resolve
 from arctic_trt.recipes.build import BuildRecipe
+from arctic_trt.recipes.evaluate import EvaluateRecipe
 from arctic_trt.recipes.quantize import PlanRecipe, QuantizeRecipe
 
-__all__ = ["BuildRecipe", "PlanRecipe", "QuantizeRecipe", "Recipe", "read_yaml", "resolve"]
+__all__ = ["BuildRecipe", "EvaluateRecipe", "PlanRecipe", "QuantizeRecipe", "Recipe", "read_yaml", "resolve"]

@@ -70,7 +70,13 @@ class Kernels(Protocol):
 
 
 class CpuKernels:
-    """Plain torch on the CPU: e4m3 weights are held as bf16, which represents each of them exactly."""
+    """Plain torch on the CPU: e4m3 weights are held as bf16, which represents each of them exactly.
+
+    Products are accumulated in ``accumulate``, and partial sums come in it.
+    """
+
+    def __init__(self, accumulate: torch.dtype = torch.float64) -> None:
+        self._accumulate = accumulate
 
     def hold(self, weight: Tensor) -> Tensor:
         return decode_e4m3(weight, torch.bfloat16) if weight.dtype == torch.float8_e4m3fn else weight
@@ -82,23 +88,23 @@ class CpuKernels:
         return self.partial_sum(x, projection).float()
 
     def partial_sum(self, x: Tensor, projection: Projection) -> Tensor:
-        return multiply(rounded(x, projection.input_scale), projection.weight, projection.alpha)
+        return self._multiply(rounded(x, projection.input_scale), projection.weight, projection.alpha)
 
     def gated_mlp(self, x_TD: Tensor, fc: Projection, proj: Projection) -> Tensor:
         activated, linear = self.linear(x_TD, fc).chunk(2, -1)
         return self.partial_sum(F.silu(activated) * linear, proj)
 
     def experts(self, x_TD: Tensor, routing: Routing, fc: Projection, proj: Projection, first_expert: int) -> Tensor:
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float64)
+        y_TD = torch.zeros_like(x_TD, dtype=self._accumulate)
         x_TD = rounded(x_TD, fc.input_scale)
         for expert in sorted(set(routing.chosen_TK.flatten().tolist())):
             local = expert - first_expert
             if not 0 <= local < len(fc.weight):
                 continue
             token, slot = routing.tokens_of(expert)
-            linear, activated = multiply(x_TD[token], fc.weight[local], _of_expert(fc.alpha, local)).float().chunk(2, -1)
+            linear, activated = self._multiply(x_TD[token], fc.weight[local], _of_expert(fc.alpha, local)).float().chunk(2, -1)
             inner = rounded(F.silu(activated) * linear, proj.input_scale)
-            out = multiply(inner, proj.weight[local], _of_expert(proj.alpha, local))
+            out = self._multiply(inner, proj.weight[local], _of_expert(proj.alpha, local))
             y_TD.index_add_(0, token, out * routing.share_TK[token, slot, None])
         return y_TD
 
@@ -117,11 +123,10 @@ class CpuKernels:
     def decode_kv(self, codes: Tensor, scale: Tensor) -> Tensor:
         return decode_e4m3(codes, torch.float32) * scale
 
-
-def multiply(x: Tensor, weight: Tensor, alpha: Tensor | None) -> Tensor:
-    """Float64 product of ``x`` [T, in] and held ``weight`` [out, in], times ``alpha``."""
-    y = F.linear(x.double(), weight.double())
-    return y if alpha is None else y * alpha
+    def _multiply(self, x: Tensor, weight: Tensor, alpha: Tensor | None) -> Tensor:
+        """Product of ``x`` [T, in] and held ``weight`` [out, in], times ``alpha``."""
+        y = F.linear(x.to(self._accumulate), weight.to(self._accumulate))
+        return y if alpha is None else y * alpha
 
 
 def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
