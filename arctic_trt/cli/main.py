@@ -17,6 +17,7 @@ from arctic_trt.launch import end_job, wait_for_leader
 COMMANDS = {
     "quantize": "Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.",
     "verify": "Check a checkpoint or an engine, by itself and against what it was made of.",
+    "eval": "Measure perplexity, and how far a checkpoint is from its original.",
     "build": "Build an engine directory from a TensorRT-LLM checkpoint.",
     "plan": "Forecast sizes, memory, disk, time and GPUs, from config.json alone.",
     "run": "Generate text with an engine, alone or under mpirun.",

@@ -65,14 +65,14 @@ def default_budget() -> int:
     return int(SAFE_SHARE * available_memory())
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--memory_budget") -> int:
     """Bytes of ``8GiB``, ``500MB``, ``1.5g`` or a plain number; raises :class:`UsageError`."""
     number = text.strip().lower().removesuffix("b")
     digits = number.rstrip("kmgti")
     try:
         size = int(float(digits) * UNITS[number[len(digits) :]])
     except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"--memory_budget {text!r} is not a size.", "Write it as 8GiB, 500MB or a number of bytes.") from None
+        raise UsageError(f"{flag} {text!r} is not a size.", "Write it as 8GiB, 500MB or a number of bytes.") from None
     if size <= 0:
-        raise UsageError(f"--memory_budget {text!r} is not positive.")
+        raise UsageError(f"{flag} {text!r} is not positive.")
     return size

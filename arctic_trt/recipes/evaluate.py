@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,6 +22,7 @@ class EvaluateRecipe(Recipe):
     tokenizer_dir: Path | None = None
     sensitivity: bool = False
     size_budget: str = "10%"
+    sites: tuple[Literal["attention", "residual_mlp", "experts", "kv_cache"], ...] = ()
     recipe_file: Path | None = None
     work_dir: Path | None = None
     memory_budget: str | None = None

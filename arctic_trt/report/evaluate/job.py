@@ -92,6 +92,10 @@ class EvaluationJob:
         for lane_pass in self.passes.values():
             lane_pass.close()
 
+    def _lasting(self) -> list[tuple[Lane, LanePass]]:
+        """The lanes whose hidden states live on from layer to layer."""
+        return [(lane, lane_pass) for lane, lane_pass in self.passes.items() if not lane.probe]
+
     def _new_pass(self, lane: Lane) -> LanePass:
         arithmetic = EngineArithmetic(self.config, lane.sites)
         return TokenPass(self.batches, arithmetic, self.config.num_experts_per_tok, self._new_rows, Solo())
@@ -110,7 +114,7 @@ class EvaluationJob:
         """Hidden states: restored from the journal, or the embedding of the tokens."""
         if self.records:
             logger.info("Resuming after layer %d of %d.", len(self.records), self.config.num_hidden_layers)
-        for lane, lane_pass in self.passes.items():
+        for lane, lane_pass in self._lasting():
             if self.records:
                 last = self.records[-1]
                 state = self.journal.state(last["errors"]["layer"], lane.name)
@@ -120,6 +124,7 @@ class EvaluationJob:
 
     def _layer(self, layer: int, stream: PairedStream) -> LayerErrors:
         """One layer of every lane, each weight read once."""
+        self._reset_probes()
         dense = stream.dense(layer)
         for lane_pass in self.passes.values():
             lane_pass.enter(layer, dense, self.pool)
@@ -129,6 +134,12 @@ class EvaluationJob:
         for lane_pass in self.passes.values():
             lane_pass.leave()
         return LayerErrors(layer, self._compare())
+
+    def _reset_probes(self) -> None:
+        for lane, lane_pass in self.passes.items():
+            if lane.probe and self.reference:
+                for begin, end in _parts(lane_pass.num_tokens, COMPARED_ROWS):
+                    lane_pass.hidden.write(begin, self.reference.hidden.read(begin, end))
 
     def _expert_works(self, layer: int, stream: PairedStream) -> Iterator[Callable[[], tuple[LanePass, Contribution]]]:
         for expert in range(self.config.num_local_experts):
@@ -152,7 +163,7 @@ class EvaluationJob:
     def _commit(self, done: LayerErrors) -> None:
         """Make the hidden states after a layer durable, then record it."""
         states = {}
-        for lane, lane_pass in self.passes.items():
+        for lane, lane_pass in self._lasting():
             path = self.journal.state(done.layer, lane.name)
             states[lane.name] = save_rows(lane_pass.hidden, lane_pass.num_tokens, path)
             sync_file(path)
@@ -164,13 +175,13 @@ class EvaluationJob:
         target_T = next_tokens(self.batches)
         works = [partial(self._score_part, ends, target_T, *part) for part in _parts(len(target_T), SCORED_ROWS)]
         parts = [part for part in self.pool.each(works) if part]
-        return {lane.name: join_scores([part[lane.name] for part in parts]) for lane in self.passes}
+        return {lane.name: join_scores([part[lane.name] for part in parts]) for lane, _ in self._lasting()}
 
     @torch.inference_mode()
     def _score_part(self, ends: EndsBySource, target_T: Tensor, begin: int, end: int) -> dict[str, Scores]:
         rows_W = (target_T[begin:end] != NO_TARGET).nonzero()[:, 0]
         wanted_W, scores, reference = target_T[begin:end][rows_W], {}, None
-        for lane, lane_pass in self.passes.items() if len(rows_W) else ():
+        for lane, lane_pass in self._lasting() if len(rows_W) else ():
             logits_WV = self._logits(lane_pass.hidden.read(begin, end)[rows_W], self._ends_of(lane, ends))
             scores[lane.name] = score(logits_WV, wanted_W, reference)
             reference = logits_WV if lane.name == REFERENCE else reference

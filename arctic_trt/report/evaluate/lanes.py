@@ -86,17 +86,27 @@ def _pair(reference: Unit[Weights] | None, candidate: Unit[Weights] | None) -> U
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A name, and the kinds of site that come from the candidate; None: all, norms and router included."""
+    """A name, and the kinds of site that come from the candidate; None: all, norms and router included.
+
+    A ``probe`` starts every layer from the reference's hidden states: what it differs by afterwards is that layer's own doing.
+    """
 
     name: str
     sites: frozenset[str] | None
+    probe: bool = False
 
 
 def plan_lanes(*, reference: bool, candidate: bool, sensitivity: bool) -> list[Lane]:
-    """The lanes that a question needs: the reference first, then the candidate, then each site by itself."""
+    """The lanes that a question needs: the reference first, then the candidate, then each kind of site by itself."""
     lanes = [Lane(REFERENCE, frozenset())] if reference else []
     lanes += [Lane(CANDIDATE, None)] if candidate else []
-    return lanes + [Lane(site, frozenset({site})) for site in SITES if sensitivity]
+    sites = SITES if sensitivity else ()
+    return [*lanes, *(Lane(site, frozenset({site})) for site in sites), *(Lane(probe_of(s), frozenset({s}), True) for s in sites)]
+
+
+def probe_of(site: str) -> str:
+    """Name of the lane that measures a kind of site layer by layer."""
+    return f"{site}-probe"
 
 
 class EngineArithmetic:

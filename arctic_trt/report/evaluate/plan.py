@@ -106,10 +106,18 @@ def check_same_shape(subject: Source, against: Source) -> None:
 
 
 def check_sensitivity(recipe: EvaluateRecipe, subject: Source, against: Source | None) -> None:
-    """``--sensitivity`` compares a checkpoint with its original; raises :class:`UsageError` for anything else."""
-    if recipe.sensitivity and not (isinstance(subject, CheckpointSource) and isinstance(against, ModelSource)):
+    """Raise :class:`UsageError` where ``--sensitivity`` has nothing to choose from, or nothing to choose it by."""
+    if not recipe.sensitivity:
+        return
+    if not isinstance(subject, CheckpointSource) or not subject.checkpoint.quant.fp8 or not isinstance(against, ModelSource):
         raise UsageError(
             "--sensitivity compares an FP8 checkpoint with its original.", "Give the checkpoint, and --against MODEL_DIR."
+        )
+    if subject.checkpoint.mapping.pp_size > 1:
+        raise UsageError(
+            f"{subject.path} has {subject.checkpoint.mapping.pp_size} pipeline stages, in which TensorRT-LLM's exclude_modules "
+            "cannot name one layer.",
+            "Measure a checkpoint with --pp_size 1: its numbers are the same.",
         )
 
 

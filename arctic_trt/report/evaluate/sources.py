@@ -174,7 +174,7 @@ class CheckpointSource:
     """A TensorRT-LLM checkpoint of any mapping, quantized or not."""
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        self._checkpoint = checkpoint = TrtCheckpoint(checkpoint_dir)
+        self.checkpoint = checkpoint = TrtCheckpoint(checkpoint_dir)
         self.path, self.config = checkpoint_dir, checkpoint.config
         self.files = [checkpoint.file(rank.index).path for rank in checkpoint.mapping.ranks()]
         self._bytes_read = 0
@@ -189,14 +189,14 @@ class CheckpointSource:
         return 0
 
     def close(self) -> None:
-        self._checkpoint.close()
+        self.checkpoint.close()
 
     def expect(self, layer: int, expert: int | None) -> None:
         """Nothing: an expert is a slice of a large tensor, and the kernel reads ahead along it by itself."""
 
     def dense(self, layer: int, memory: Tensor) -> DenseProjections:
         local, ranks = self._place(layer)
-        q, k, v = merge_qkv(self._parts(ranks, local, "attention.qkv.weight"), self._checkpoint.mapping, self.config)
+        q, k, v = merge_qkv(self._parts(ranks, local, "attention.qkv.weight"), self.checkpoint.mapping, self.config)
         fc, gate = (self._plain(ranks, local, f"residual_mlp.{name}.weight") for name in ("fc", "gate"))
         norms = ("input_layernorm.weight", "post_layernorm.weight", "residual_layernorm.weight", "mlp.router.weight")
         o, proj = (self._plain(ranks, local, f"{name}.weight") for name in ("attention.dense", "residual_mlp.proj"))
@@ -224,7 +224,7 @@ class CheckpointSource:
         )
 
     def ends(self) -> Ends:
-        mapping = self._checkpoint.mapping
+        mapping = self.checkpoint.mapping
         stages = [[rank for rank in mapping.ranks() if rank.pp_rank == stage] for stage in (0, mapping.pp_size - 1)]
         embedding, norm, lm_head = (
             self._merged([self._read(rank, row.trt) for rank in ranks], row)
@@ -234,12 +234,12 @@ class CheckpointSource:
 
     def _place(self, layer: int) -> tuple[int, list[Rank]]:
         """The layer's number within its stage, and the stage's ranks in order."""
-        mapping, layers = self._checkpoint.mapping, self.config.num_hidden_layers
+        mapping, layers = self.checkpoint.mapping, self.config.num_hidden_layers
         stage = mapping.stage_of(layer, layers)
         return layer - mapping.layers(stage, layers).start, [rank for rank in mapping.ranks() if rank.pp_rank == stage]
 
     def _read(self, rank: Rank, name: str, at: int | None = None) -> Tensor:
-        file = self._checkpoint.file(rank.index)
+        file = self.checkpoint.file(rank.index)
         tensor = file.read(name) if at is None else file.read_rows(name, at, at + 1)[0]
         with self._lock:
             self._bytes_read += tensor.nbytes
@@ -255,7 +255,7 @@ class CheckpointSource:
         return merge_plain(parts, row.cut, self.config)
 
     def _scale(self, rank: Rank, name: str) -> Tensor | None:
-        return self._read(rank, name) if name in self._checkpoint.file(rank.index).tensors else None
+        return self._read(rank, name) if name in self.checkpoint.file(rank.index).tensors else None
 
     def _projection(self, weight: Tensor, rank: Rank, local: int, suffix: str, at: int | None = None) -> Projection:
         """``weight`` with the scales that ``rank`` stores for it, an expert's being entry ``at`` of theirs."""
