@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from arctic_trt.cli.main import run_cli
 from tests.support.checkpoints import SMALL, TINY, random_checkpoint, random_ids, write_samples
@@ -19,6 +20,8 @@ from tests.trtllm_standin.fixtures import trtllm_standin
 __all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conftest
 
 torch.set_num_threads(1)
+settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code
+settings.load_profile("busy")
 
 
 @dataclass(frozen=True)

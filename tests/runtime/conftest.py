@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from tests.support.checkpoints import TINY, UNLIKE_TINY, Config, random_checkpoint, random_ids, write_samples
 from tests.support.engines import build_engine
 from tests.support.jobs import quantize
 from tests.support.small_tokenizer import write_tokenizer
-
-settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code
-settings.load_profile("busy")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def fp8_logits(checkpoint_dir: Path, tokens: list[int]) -> Tensor:
         "eps": config["norm_epsilon"],
         "top_k": moe["top_k"],
     }
-    weights = _merge(checkpoint_dir, config)
+    weights = merge_with_scales(checkpoint_dir, config)
 
     def linear(name: str) -> Fn:
         matrix, w_scale, a_scale = weights[name], weights[f"{name}.w"], weights[f"{name}.a"]
@@ -116,7 +116,7 @@ def _e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def _merge(checkpoint_dir: Path, config: dict[str, Any]) -> Weights:
+def merge_with_scales(checkpoint_dir: Path, config: dict[str, Any]) -> Weights:
     """The full matrices under short names, ``.w`` and ``.a`` for their weight and activation scales."""
     mapping = config["mapping"]
     tp, pp, ep = mapping["tp_size"], mapping["pp_size"], mapping["moe_ep_size"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class EvaluationJob:
         self.plan, self.config, self.on_layer = plan, plan.config, on_layer
         self.out = out
         self.journal = Journal(out.path)
-        self.records = self.journal.records() if out.resuming else []
+        self.records = self._usable_records() if out.resuming else []
         if out.resuming and not self.records:
             out.start_over()
         self.journal.open()
@@ -91,6 +92,12 @@ class EvaluationJob:
         self.pool.close()
         for lane_pass in self.passes.values():
             lane_pass.close()
+
+    def _usable_records(self) -> list[dict[str, Any]]:
+        """What an interrupted run has committed; nothing where it was interrupted while it cleared its work away."""
+        records = self.journal.records()
+        states = [self.journal.state(len(records) - 1, name) for name in records[-1]["states"]] if records else []
+        return records if all(path.exists() for path in states) else []
 
     def _lasting(self) -> list[tuple[Lane, LanePass]]:
         """The lanes whose hidden states live on from layer to layer."""
@@ -191,14 +198,17 @@ class EvaluationJob:
         return KERNELS.linear(rms_norm(x_TD, ends.final_norm, self.config.rms_norm_eps), Projection(ends.lm_head))
 
 
-def run_evaluation(plan: EvaluationPlan, on_layer: OnLayer = lambda done: None) -> Evaluation:
-    """Carry out ``plan``; what an interrupted run has done is continued, and removed when all is done."""
+def run_evaluation(
+    plan: EvaluationPlan, on_layer: OnLayer = lambda done: None, keep: Callable[[Evaluation], None] = lambda found: None
+) -> Evaluation:
+    """Carry out ``plan``; what an interrupted run has done is continued, and removed once ``keep`` has what was found."""
     with OutputDir(plan.work_dir, kind="evaluation", fingerprint=plan.fingerprint) as out:
         job = EvaluationJob(plan, out, on_layer)
         try:
             evaluation = job.run()
         finally:
             job.close()
+        keep(evaluation)
     plan.work_dir.rmdir()
     return evaluation
 

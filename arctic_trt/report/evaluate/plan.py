@@ -19,6 +19,7 @@ from arctic_trt.quantize.fingerprint import digest
 from arctic_trt.quantize.memory import BASE_BYTES, EXPERT_ROWS, MAX_DEPTH, MIN_DEPTH, MemoryPlan, default_budget, parse_size
 from arctic_trt.recipes.evaluate import EvaluateRecipe
 from arctic_trt.report.evaluate.lanes import Lane, plan_lanes
+from arctic_trt.report.evaluate.sensitivity import parse_budget
 from arctic_trt.report.evaluate.sources import CheckpointSource, ModelSource, Source, open_source
 from arctic_trt.report.verify.run import SIZES
 
@@ -29,7 +30,10 @@ SCORED_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """An evaluation whose inputs have all been checked; at least one of the two sources is there."""
+    """An evaluation whose inputs have all been checked; at least one of the two sources is there.
+
+    ``budget_bytes`` is what the checkpoint may grow by, where the sensitivity is asked for.
+    """
 
     recipe: EvaluateRecipe
     reference: Source | None
@@ -39,6 +43,7 @@ class EvaluationPlan:
     lanes: list[Lane]
     memory: MemoryPlan
     work_dir: Path
+    budget_bytes: int
     fingerprint: dict[str, Any]
 
     @property
@@ -92,7 +97,8 @@ def plan_evaluation(recipe: EvaluateRecipe) -> EvaluationPlan:
     print_ = _fingerprint(recipe, subject, against, samples)
     work_dir = (recipe.work_dir or cache_dir()) / work_name(print_)
     check_space(work_dir, estimate_disk(subject.config, tokens=tokens, lanes=len(lanes), spill=memory.spill))
-    return EvaluationPlan(recipe, reference, candidate, data, samples, lanes, memory, work_dir, print_)
+    growth = parse_budget(recipe.size_budget, sum(path.stat().st_size for path in subject.files)) if recipe.sensitivity else 0
+    return EvaluationPlan(recipe, reference, candidate, data, samples, lanes, memory, work_dir, growth, print_)
 
 
 def check_same_shape(subject: Source, against: Source) -> None:

@@ -17,7 +17,7 @@ from arctic_trt.report.evaluate.job import Evaluation, OnLayer, run_evaluation
 from arctic_trt.report.evaluate.lanes import CANDIDATE, REFERENCE, SITES
 from arctic_trt.report.evaluate.plan import EvaluationPlan
 from arctic_trt.report.evaluate.scores import summarize
-from arctic_trt.report.evaluate.sensitivity import choose_units, extra_bytes, find_units, parse_budget, plan_recipe
+from arctic_trt.report.evaluate.sensitivity import choose_units, extra_bytes, find_units, plan_recipe
 from arctic_trt.report.evaluate.sources import CheckpointSource
 
 EVAL_REPORT, SENSITIVITY_RECIPE = "report/eval.json", "report/sensitivity.yaml"
@@ -26,9 +26,14 @@ logger = logging.getLogger(__name__)
 
 def evaluate(plan: EvaluationPlan, on_layer: OnLayer = lambda done: None) -> dict[str, Any]:
     """Carry out ``plan`` and return what ``--json`` prints; a checkpoint gets it as ``report/eval.json``."""
-    result = describe(plan, run_evaluation(plan, on_layer))
-    if isinstance(plan.subject, CheckpointSource):
-        _save(plan.subject.path / EVAL_REPORT, result)
+    result: dict[str, Any] = {}
+
+    def keep(found: Evaluation) -> None:
+        result.update(describe(plan, found))
+        if isinstance(plan.subject, CheckpointSource):
+            _save(plan.subject.path / EVAL_REPORT, result)
+
+    run_evaluation(plan, on_layer, keep)
     return result
 
 
@@ -67,8 +72,7 @@ def _sensitivity(plan: EvaluationPlan, found: Evaluation, total_kl: float) -> di
     site_kl = {site: summarize(found.scores[site])["kl_mean"] for site in SITES}
     units = find_units(site_kl, [layer.errors for layer in found.layers], extra_bytes(checkpoint))
     candidates = [unit for unit in units if unit.site in (recipe.sites or SITES)]
-    size = sum(path.stat().st_size for path in plan.subject.files)
-    choice = choose_units(units, candidates, parse_budget(recipe.size_budget, size), total_kl)
+    choice = choose_units(units, candidates, plan.budget_bytes, total_kl)
     path = recipe.recipe_file or checkpoint.checkpoint_dir / SENSITIVITY_RECIPE
     content = plan_recipe(choice, checkpoint, recipe.against or Path(), _recorded(checkpoint.checkpoint_dir))
     head = f"# Keeps in bf16 what costs most. Expected KL {choice.predicted_kl:.3g} instead of {total_kl:.3g} nats a token.\n"
