@@ -7,11 +7,12 @@ This format is the only thing that the quantizer and the engines share. Names, s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arctic_trt.checkpoint.exclusion import is_excluded, plan_exclusion, select, split_twins
 from arctic_trt.checkpoint.layout import FileLayout, TensorSpec, plan_layout
 from arctic_trt.errors import UsageError
 from arctic_trt.model.config import ARCHITECTURE, ArcticConfig
@@ -44,10 +45,34 @@ NO_NORMALIZATION, RENORMALIZE = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class QuantFormat:
-    """What is stored in e4m3: the linear layers (``fp8``), and, at run time, the KV cache (``kv_fp8``)."""
+    """What is stored in e4m3: the linear layers (``fp8``), and, at run time, the KV cache (``kv_fp8``).
+
+    ``exclude_modules`` are the patterns, beside TensorRT-LLM's defaults, of modules that stay in bf16 nevertheless
+    (:mod:`arctic_trt.checkpoint.exclusion`); the cache's scale is there for their layers too.
+    """
 
     fp8: bool
     kv_fp8: bool
+    exclude_modules: tuple[str, ...] = ()
+
+    def is_fp8(self, local_layer: int, row: Row) -> bool:
+        """Whether ``row`` of a layer, which counts from 0 in its pipeline stage, is stored in e4m3 with scales."""
+        return self.fp8 and row.kind is Kind.QUANTIZED and not is_excluded(self.exclude_modules, local_layer, row.module)
+
+    def fp8_names(self, local_layer: int) -> frozenset[str]:
+        """The rows for which :meth:`is_fp8` holds, by their names without ``.weight``."""
+        return frozenset(row.trt.removesuffix(".weight") for row in LAYER if self.is_fp8(local_layer, row))
+
+    def modules_in_bf16(self, num_layers: int) -> list[tuple[int, str]]:
+        """(layer, module) of what is excluded among so many layers that count from 0; without FP8 nothing is."""
+        return sorted(select(self.exclude_modules, num_layers)) if self.fp8 else []
+
+
+def plan_format(
+    *, fp8: bool, kv_fp8: bool, exclude_modules: Sequence[str], config: ArcticConfig, mapping: Mapping
+) -> QuantFormat:
+    """What a recipe asks for; raises :class:`UsageError` for patterns that this model, cut this way, cannot follow."""
+    return QuantFormat(fp8, kv_fp8, plan_exclusion(exclude_modules, config.num_hidden_layers, mapping))
 
 
 def rank_file(rank: int) -> str:
@@ -74,14 +99,14 @@ def local_shape(row: Row, rank: Rank, config: ArcticConfig) -> tuple[int, ...]:
 
 def plan_rank(config: ArcticConfig, rank: Rank, quant: QuantFormat) -> list[TensorSpec]:
     """Every tensor of one rank file, in file order. Layers count from 0 in each pipeline stage."""
-    specs = [_spec(EMBEDDING, EMBEDDING.trt, rank, config, quant)] if rank.is_first_stage else []
+    specs = [_spec(EMBEDDING, EMBEDDING.trt, rank, config)] if rank.is_first_stage else []
     for local_layer in range(len(rank.layers(config.num_hidden_layers))):
         for row in LAYER:
             specs += _row_specs(row, local_layer, rank, config, quant)
         if quant.kv_fp8:
             specs.append(TensorSpec(trt_layer(local_layer, KV_CACHE_SCALE), "F32", (1,)))
     if rank.is_last_stage:
-        specs += [_spec(row, row.trt, rank, config, quant) for row in (FINAL_NORM, LM_HEAD)]
+        specs += [_spec(row, row.trt, rank, config) for row in (FINAL_NORM, LM_HEAD)]
     return specs
 
 
@@ -90,16 +115,16 @@ def plan_files(config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> li
     return [plan_layout(plan_rank(config, rank, quant), {"format": "pt"}) for rank in mapping.ranks()]
 
 
-def _spec(row: Row, name: str, rank: Rank, config: ArcticConfig, quant: QuantFormat) -> TensorSpec:
-    dtype = "BF16" if row.kind is Kind.QUANTIZED and not quant.fp8 else DTYPES[row.kind]
-    return TensorSpec(name, dtype, local_shape(row, rank, config))
+def _spec(row: Row, name: str, rank: Rank, config: ArcticConfig, *, fp8: bool = False) -> TensorSpec:
+    kind = Kind.BFLOAT16 if row.kind is Kind.QUANTIZED and not fp8 else row.kind
+    return TensorSpec(name, DTYPES[kind], local_shape(row, rank, config))
 
 
 def _row_specs(row: Row, local_layer: int, rank: Rank, config: ArcticConfig, quant: QuantFormat) -> Iterator[TensorSpec]:
-    name = trt_layer(local_layer, row.trt)
-    spec = _spec(row, name, rank, config, quant)
+    name, fp8 = trt_layer(local_layer, row.trt), quant.is_fp8(local_layer, row)
+    spec = _spec(row, name, rank, config, fp8=fp8)
     yield spec
-    if row.kind is Kind.QUANTIZED and quant.fp8:
+    if fp8:
         per_expert = row.cut in (Cut.EXPERT_FC, Cut.EXPERT_PROJ)
         yield TensorSpec(activation_scale(name), "F32", (1,))
         yield TensorSpec(weight_scale(name), "F32", (spec.shape[0], 1) if per_expert else (1,))
@@ -138,7 +163,7 @@ def plan_config(config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> d
         "quantization": {
             "quant_algo": "FP8" if quant.fp8 else None,
             "kv_cache_quant_algo": "FP8" if quant.kv_fp8 else None,
-            "exclude_modules": list(EXCLUDED_FROM_QUANTIZATION) if quant.fp8 else None,
+            "exclude_modules": [*EXCLUDED_FROM_QUANTIZATION, *quant.exclude_modules] if quant.fp8 else None,
         },
     }
 
@@ -169,6 +194,7 @@ def parse_pretrained_config(raw: dict[str, Any], source: str) -> tuple[ArcticCon
         )
         sizes = {key: raw["mapping"][key] for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size")}
         algos = raw["quantization"]["quant_algo"], raw["quantization"]["kv_cache_quant_algo"]
+        listed = raw["quantization"].get("exclude_modules")
     except KeyError as error:
         raise UsageError(f"{source} lacks the key {error}.", "Quantize the checkpoint again.") from None
     except ValueError as error:
@@ -179,7 +205,26 @@ def parse_pretrained_config(raw: dict[str, Any], source: str) -> tuple[ArcticCon
         mapping = plan_mapping(config, **sizes)
     except UsageError as error:
         raise UsageError(f"{source} has a mapping that does not fit: {error.message}", "Quantize the checkpoint again.") from None
-    return config, mapping, QuantFormat(fp8=algos[0] == "FP8", kv_fp8=algos[1] == "FP8")
+    excluded = _parse_exclusion(listed, len(mapping.layers(0, config.num_hidden_layers)), source) if algos[0] else ()
+    return config, mapping, QuantFormat(algos[0] == "FP8", algos[1] == "FP8", excluded)
+
+
+def _parse_exclusion(listed: object, layers: int, source: str) -> tuple[str, ...]:
+    """Of a list in ``config.json``, what concerns modules that could be quantized; None stands for the defaults.
+
+    Producers name what is never quantized in ways of their own, such as each router by its name: that is left out here.
+    """
+    patterns = [] if listed is None else listed
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"{source} has exclude_modules={listed!r}, expected null or a list of patterns.")
+    layer = split_twins(select(patterns, layers))
+    if layer is not None:
+        raise UsageError(
+            f"{source} excludes one of residual_mlp.fc and residual_mlp.gate of layer {layer} without the other, but they read "
+            "the same input in one product.",
+            "Quantize the checkpoint again.",
+        )
+    return tuple(pattern for pattern in patterns if select([pattern], layers))
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:

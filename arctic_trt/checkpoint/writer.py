@@ -37,6 +37,10 @@ class RankFiles:
     def bytes_written(self) -> int:
         return sum(file.bytes_written for file in self._files)
 
+    def local_layer(self, layer: int) -> int:
+        """Number of ``layer`` within its pipeline stage."""
+        return self.mapping.local_layer(layer, self.config.num_hidden_layers)
+
     def write_global(self, row: Row, tensor: Tensor, stage: int) -> None:
         """Embedding, final norm or head, on the ranks of pipeline ``stage``."""
         for rank in self._ranks:
@@ -61,8 +65,8 @@ class RankFiles:
             if expert in mine:
                 file = self._files[rank.index]
                 file.write(fc_name, shard_expert_fc(weights.w3, weights.w1, rank), expert - mine.start)
-                local = self._local_name(rank, layer, proj.trt)
-                file.write(local, shard_expert_proj(weights.w2, rank), expert - mine.start)
+                proj_name = trt_layer(self.local_layer(layer), proj.trt)
+                file.write(proj_name, shard_expert_proj(weights.w2, rank), expert - mine.start)
 
     def write_scale(self, layer: int, suffix: str, scale: Tensor) -> None:
         """A float32 scale [1], or [E, 1] of which each rank keeps its experts'."""
@@ -102,7 +106,5 @@ class RankFiles:
 
     def _holders(self, layer: int, suffix: str) -> list[tuple[Rank, str]]:
         stage = self.mapping.stage_of(layer, self.config.num_hidden_layers)
-        return [(rank, self._local_name(rank, layer, suffix)) for rank in self._ranks if rank.pp_rank == stage]
-
-    def _local_name(self, rank: Rank, layer: int, suffix: str) -> str:
-        return trt_layer(layer - rank.layers(self.config.num_hidden_layers).start, suffix)
+        name = trt_layer(self.local_layer(layer), suffix)
+        return [(rank, name) for rank in self._ranks if rank.pp_rank == stage]

@@ -44,6 +44,10 @@ class Mapping:
     def stage_of(self, layer: int, num_layers: int) -> int:
         return next(stage for stage in range(self.pp_size) if layer in self.layers(stage, num_layers))
 
+    def local_layer(self, layer: int, num_layers: int) -> int:
+        """Number of ``layer`` within its stage, from 0."""
+        return layer - self.layers(self.stage_of(layer, num_layers), num_layers).start
+
     def as_dict(self) -> dict[str, int]:
         """The portable subset of TensorRT-LLM's ``mapping`` block (its constructor refuses unknown keys)."""
         return {

@@ -42,6 +42,13 @@ class Row:
     cut: Cut
     kind: Kind
 
+    @property
+    def module(self) -> str:
+        """TensorRT-LLM's module of a layer's row that is quantized as a whole: all experts of a layer are one, ``mlp``."""
+        return MOE if self.cut in (Cut.EXPERT_FC, Cut.EXPERT_PROJ) else self.trt.removesuffix(".weight")
+
+
+MOE = "mlp"
 
 LAYER = (
     Row("input_layernorm.weight", ("input_layernorm.weight",), Cut.REPLICATED, Kind.BFLOAT16),
@@ -62,6 +69,10 @@ FINAL_NORM = Row("transformer.ln_f.weight", ("model.norm.weight",), Cut.REPLICAT
 LM_HEAD = Row("lm_head.weight", ("lm_head.weight",), Cut.VOCAB, Kind.BFLOAT16)
 
 KV_CACHE_SCALE = "attention.kv_cache_scaling_factor"
+
+TWINS = RESIDUAL_FC, RESIDUAL_GATE = ("residual_mlp.fc", "residual_mlp.gate")
+"""Modules that read the same input in one product: they share their scales, and are quantized both or not at all."""
+QUANTIZED_MODULES = tuple(dict.fromkeys(row.module for row in LAYER if row.kind is Kind.QUANTIZED))
 
 
 def hf_layer(layer: int, suffix: str) -> str:
