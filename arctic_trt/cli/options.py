@@ -82,6 +82,13 @@ def format_options(command: Command) -> Command:
         (
             click.option("--qformat", type=click.Choice(["fp8", "full_prec"]), help="Of the linear layers.  [default: fp8]"),
             click.option("--kv_cache_dtype", type=click.Choice(["fp8", "none"]), help="[default: fp8, with full_prec none]"),
+            click.option(
+                "--exclude_modules",
+                metavar="PATTERN",
+                multiple=True,
+                callback=lambda context, option, given: given or None,
+                help="Keep modules in bf16, by TensorRT-LLM's names, like 'transformer.layers.0.*'; repeatable.",
+            ),
             click.option("--tp_size", type=int, help="Tensor-parallel ranks.  [default: 8]"),
             click.option("--pp_size", type=int, help="Pipeline stages.  [default: 1]"),
             click.option("--moe_tp_size", type=int, help="Ranks that share an expert's rows.  [default: tp_size / moe_ep_size]"),

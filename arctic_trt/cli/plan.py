@@ -94,21 +94,28 @@ def _load(recipe: PlanRecipe, source: Source) -> Load:
 
 
 def _job(recipe: PlanRecipe, source: Source) -> Job:
-    from arctic_trt.checkpoint.contract import QuantFormat
+    from arctic_trt.checkpoint.contract import plan_format
     from arctic_trt.machine import available_cores
     from arctic_trt.model.mapping import plan_mapping
     from arctic_trt.quantize.memory import default_budget, parse_size
     from arctic_trt.report.plan import Job
 
+    mapping = plan_mapping(
+        source.config,
+        tp_size=recipe.tp_size,
+        pp_size=recipe.pp_size,
+        moe_tp_size=recipe.moe_tp_size,
+        moe_ep_size=recipe.moe_ep_size,
+    )
     return Job(
-        mapping=plan_mapping(
-            source.config,
-            tp_size=recipe.tp_size,
-            pp_size=recipe.pp_size,
-            moe_tp_size=recipe.moe_tp_size,
-            moe_ep_size=recipe.moe_ep_size,
+        mapping=mapping,
+        quant=plan_format(
+            fp8=recipe.qformat == "fp8",
+            kv_fp8=recipe.kv_fp8,
+            exclude_modules=recipe.exclude_modules,
+            config=source.config,
+            mapping=mapping,
         ),
-        quant=QuantFormat(fp8=recipe.qformat == "fp8", kv_fp8=recipe.kv_fp8),
         samples=recipe.calib_size,
         sample_tokens=min(recipe.calib_max_seq_length, source.config.max_position_embeddings),
         batch_size=recipe.batch_size,
@@ -187,6 +194,7 @@ def _show(plan: Forecast, load: Load, free_bytes: int, rates: Rates | None, outp
 
 def _sizes(plan: Forecast, free_bytes: int) -> list[tuple[str, str]]:
     config, mapping, form = plan.source.config, plan.job.mapping, "FP8" if plan.job.quant.fp8 else "bf16"
+    form += f", modules in bf16: {len(plan.modules_in_bf16)}" if plan.modules_in_bf16 else ""
     heads = f"{config.num_key_value_heads} KV heads"
     least, most = gigabytes(min(plan.rank_bytes)), gigabytes(max(plan.rank_bytes))
     each = most if least == most else f"{least} to {most}"

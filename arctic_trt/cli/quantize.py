@@ -22,6 +22,8 @@ Example, the official recipe's first step:
 
 Calibration data is a .jsonl file: {"text": ...}, {"messages": [...]} or {"input_ids": [...]} a line."""
 
+SHOWN_MODULES = 8
+
 
 @click.command("quantize", epilog=EPILOG, short_help="Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.")
 @click.option("--model_dir", type=DIRECTORY, help="Hugging Face checkpoint of Arctic, bf16.  [required]")
@@ -109,6 +111,11 @@ def _announce(plan: QuantizePlan, output: Output) -> None:
             f"The checkpoint stores each KV head {fold.repeats} times: {fold.heads_in_file} heads are folded to "
             f"{config.num_key_value_heads}, which loses nothing."
         )
+    kept = plan.quant.modules_in_bf16(config.num_hidden_layers)
+    if kept:
+        listed = ", ".join(f"layer {layer} {module}" for layer, module in kept[:SHOWN_MODULES])
+        more = f" and {len(kept) - SHOWN_MODULES} more" if len(kept) > SHOWN_MODULES else ""
+        output.note(f"kept in bf16: {listed}{more}")
     if plan.samples:
         output.note(f"calibrating with {len(plan.samples)} samples, {sum(map(len, plan.samples))} tokens")
 

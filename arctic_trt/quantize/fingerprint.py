@@ -30,6 +30,7 @@ def fingerprint(
         "config": digest(source.config.model_dump()),
         "calibration_ids": digest(list(map(list, samples))),
         "kv_cache_dtype": "fp8" if recipe.kv_fp8 else "none",
+        "exclude_modules": list(recipe.exclude_modules),
         **{name: getattr(recipe, name) for name in OUTPUT_FIELDS},
         **{name: size for name, size in mapping.as_dict().items() if name != "world_size"},
     }

@@ -182,6 +182,7 @@ class QuantizeJob:
             "calibration_samples": len(plan.samples),
             "calibration_tokens": sum(map(len, plan.samples)),
             "hidden_states_on_disk": plan.memory.spill,
+            "modules_in_bf16": [list(each) for each in plan.quant.modules_in_bf16(self.config.num_hidden_layers)],
             "kv_heads_folded_from": fold.heads_in_file if fold else None,
             "tokens_per_expert": [list(s.tokens_per_expert) for s in summaries],
             "scales": [s.scales for s in summaries],

@@ -17,7 +17,7 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.checkpoint.writer import RankFiles
 from arctic_trt.errors import CheckpointError
-from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights, on_device
+from arctic_trt.model.layer import EXPERT_FC, EXPERT_PROJ, AttentionWeights, DenseWeights, MlpWeights, on_device
 from arctic_trt.model.names import LAYER, hf_layer, weight_scale
 from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.scales import GivenAmax, quantize_attention, quantize_mlp, scale_activations, scale_kv_cache, weight_amax
@@ -26,7 +26,6 @@ from arctic_trt.quantize.team import Team
 from arctic_trt.quantize.token_pass import Contribution
 
 ROWS = {row.trt.removesuffix(".weight"): row for row in LAYER}
-DENSE_SCALES = ("attention.qkv", "attention.dense", "residual_mlp.fc", "residual_mlp.gate", "residual_mlp.proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,16 @@ class LayerPass:
         self._at = at
         self._given = given or GivenAmax([], {})
         self._num_experts = files.config.num_local_experts
+        self._fp8: frozenset[str] = frozenset()
         self._scales: dict[str, Tensor] = {}
         self._expert_scales: dict[str, Tensor] = {}
 
     def run(self, layer: int) -> LayerSummary:
         """Process ``layer`` from its first byte read to its last byte handed to the operating system."""
+        self._fp8 = self.quant.fp8_names(self.files.local_layer(layer))
         self._scales = {}
-        self._expert_scales = {name: torch.zeros(self._num_experts, 1) for name in ("mlp.fc", "mlp.proj")}
+        experts = [name for name in (EXPERT_FC, EXPERT_PROJ) if name in self._fp8]
+        self._expert_scales = {weight_scale(f"{name}.weight"): torch.zeros(self._num_experts, 1) for name in experts}
         try:
             self._pass_dense(layer)
             tokens = self._pass_experts(layer)
@@ -85,8 +87,7 @@ class LayerPass:
         if self._given.sites:
             observed = self._given.sites[layer]
         self.pool.drain()
-        if self.quant.fp8 or self.quant.kv_fp8:
-            self._write_scales(layer, observed)
+        self._write_scales(layer, observed)
         single = {suffix: scale.item() for suffix, scale in self._scales.items() if scale.numel() == 1}
         return LayerSummary(layer, tuple(tokens), single)
 
@@ -120,14 +121,10 @@ class LayerPass:
     def _put_dense(self, layer: int, dense: DenseWeights) -> None:
         """Check and write everything but experts; keeps the weight scales."""
         weight_amax(_small(layer, dense))
-        attention, mlp = dense.attention, dense.residual_mlp
-        if self.quant.fp8:
-            attention, qkv, o = quantize_attention(attention, hf_layer(layer, "self_attn"), self._given.weights)
-            mlp, fc, proj = quantize_mlp(mlp, hf_layer(layer, "residual_mlp"), self._given.weights)
-            scales = dict(zip(DENSE_SCALES, (qkv, o, fc, fc, proj), strict=True))
-            self._scales |= {weight_scale(f"{name}.weight"): scale for name, scale in scales.items()}
-        else:
-            weight_amax(_matrices(layer, dense))
+        given = self._given.weights
+        attention, attention_scales = quantize_attention(dense.attention, hf_layer(layer, "self_attn"), self._fp8, given)
+        mlp, mlp_scales = quantize_mlp(dense.residual_mlp, hf_layer(layer, "residual_mlp"), self._fp8, given)
+        self._scales |= attention_scales | mlp_scales
         attention, mlp = on_device(attention, "cpu"), on_device(mlp, "cpu")
         self.files.write_qkv(layer, ROWS["attention.qkv"], attention)
         for name, tensor in _plain(dense, attention, mlp).items():
@@ -136,18 +133,15 @@ class LayerPass:
     def _put_expert(self, layer: int, expert: int, weights: MlpWeights) -> None:
         """Cast and write one expert."""
         prefix = hf_layer(layer, f"block_sparse_moe.experts.{expert}")
-        if self.quant.fp8:
-            weights, fc_scale, proj_scale = quantize_mlp(weights, prefix, self._given.weights)
-            self._expert_scales["mlp.fc"][expert] = fc_scale
-            self._expert_scales["mlp.proj"][expert] = proj_scale
-        else:
-            weight_amax({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w2", "w3")})
+        weights, scales = quantize_mlp(weights, prefix, self._fp8, self._given.weights, expert=True)
+        for name, scale in scales.items():
+            self._expert_scales[name][expert] = scale
         self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], on_device(weights, "cpu"))
 
     def _write_scales(self, layer: int, observed: dict[str, Tensor]) -> None:
         for name, values in self._expert_scales.items():
-            self._scales[weight_scale(f"{name}.weight")] = self.team.sum(values)
-        self._scales |= scale_activations(observed)
+            self._scales[name] = self.team.sum(values)
+        self._scales |= scale_activations(observed, self._fp8)
         if self.quant.kv_fp8:
             self._scales |= scale_kv_cache(observed, layer)
         if self.team.rank == 0:
@@ -173,9 +167,3 @@ def _small(layer: int, dense: DenseWeights) -> dict[str, Tensor]:
     suffixes = ("input_layernorm", "post_attention_layernorm", "residual_layernorm")
     named = {hf_layer(layer, f"{suffix}.weight"): getattr(dense, suffix) for suffix in suffixes}
     return named | {hf_layer(layer, "block_sparse_moe.gate.weight"): dense.gate}
-
-
-def _matrices(layer: int, dense: DenseWeights) -> dict[str, Tensor]:
-    """The dense matrices by their names, for a pass that casts none of them."""
-    named = {hf_layer(layer, f"self_attn.{p}_proj.weight"): getattr(dense.attention, p) for p in "qkvo"}
-    return named | {hf_layer(layer, f"residual_mlp.{w}.weight"): getattr(dense.residual_mlp, w) for w in ("w1", "w2", "w3")}

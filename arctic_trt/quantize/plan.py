@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arctic_trt.checkpoint.contract import QuantFormat, plan_files
+from arctic_trt.checkpoint.contract import QuantFormat, plan_files, plan_format
 from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.checkpoint.layout import FileLayout
 from arctic_trt.errors import RefusedError
@@ -56,7 +56,13 @@ def plan_quantization(recipe: QuantizeRecipe, local_processes: int = 1) -> Quant
         moe_tp_size=recipe.moe_tp_size,
         moe_ep_size=recipe.moe_ep_size,
     )
-    quant = QuantFormat(fp8=recipe.qformat == "fp8", kv_fp8=recipe.kv_fp8)
+    quant = plan_format(
+        fp8=recipe.qformat == "fp8",
+        kv_fp8=recipe.kv_fp8,
+        exclude_modules=recipe.exclude_modules,
+        config=source.config,
+        mapping=mapping,
+    )
     samples = _read_samples(recipe, source) if quant.fp8 else []
     cores = available_cores(local_processes)
     budget = parse_size(recipe.memory_budget) if recipe.memory_budget else default_budget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +22,31 @@ from arctic_trt.model.layer import (
     AttentionWeights,
     MlpWeights,
 )
-from arctic_trt.model.names import KV_CACHE_SCALE, activation_scale
+from arctic_trt.model.names import KV_CACHE_SCALE, RESIDUAL_GATE, activation_scale, weight_scale
 from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
 
 logger = logging.getLogger(__name__)
 
 ACTIVATION_SITES = {
-    "attention.qkv.weight": QKV,
-    "attention.dense.weight": DENSE,
-    "residual_mlp.fc.weight": RESIDUAL_FC,
-    "residual_mlp.gate.weight": RESIDUAL_FC,
-    "residual_mlp.proj.weight": RESIDUAL_PROJ,
-    "mlp.fc.weight": EXPERT_FC,
-    "mlp.proj.weight": EXPERT_PROJ,
+    QKV: QKV,
+    DENSE: DENSE,
+    RESIDUAL_FC: RESIDUAL_FC,
+    RESIDUAL_GATE: RESIDUAL_FC,
+    RESIDUAL_PROJ: RESIDUAL_PROJ,
+    EXPERT_FC: EXPERT_FC,
+    EXPERT_PROJ: EXPERT_PROJ,
 }
+"""By TensorRT-LLM's name of a matrix, the site whose input it multiplies; all but one are called alike."""
 KV_SCALE_FLOOR = 1.0
 KV_SCALE_WARNING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """E4m3 codes of one or more matrices that share ``scale`` (float32 [1])."""
+    """E4m3 codes of one or more matrices that share ``scale`` (float32 [1]); without a scale, the bf16 matrices themselves."""
 
     codes: tuple[Tensor, ...]
-    scale: Tensor
+    scale: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,48 +62,67 @@ def weight_amax(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | Non
 
     Where another calibrator has ``given`` an amax for a name, that counts instead of the matrix's own.
     """
-    values = []
-    for name, weight in weights.items():
-        value = amax(weight).cpu()
-        if not torch.isfinite(value):
-            raise CheckpointError(f"{name} contains NaN or infinity.", "Download its shard again, or use another checkpoint.")
-        values.append(given[name] if given and name in given else value)
-    common = torch.stack(values).max()
+    own = {name: _finite_amax(name, weight) for name, weight in weights.items()}
+    common = torch.stack([given[name] if given and name in given else value for name, value in own.items()]).max()
     if common == 0:
         logger.warning("%s: all weights are zero; its scale is set to 1.", " and ".join(weights))
     return common
 
 
-def quantize_together(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Quantized:
-    """Cast matrices with one common scale, once, from bf16."""
+def _finite_amax(name: str, weight: Tensor) -> Tensor:
+    value = amax(weight).cpu()
+    if not torch.isfinite(value):
+        raise CheckpointError(f"{name} contains NaN or infinity.", "Download its shard again, or use another checkpoint.")
+    return value
+
+
+def quantize_together(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None, *, fp8: bool = True) -> Quantized:
+    """Cast matrices with one common scale, once, from bf16; without ``fp8`` they stay as they are, but must be finite too."""
+    if not fp8:
+        for name, weight in weights.items():
+            _finite_amax(name, weight)
+        return Quantized(tuple(weights.values()), None)
     scale = scale_from_amax(weight_amax(weights, given)).reshape(1)
     return Quantized(tuple(cast_e4m3(weight, scale) for weight in weights.values()), scale)
 
 
 def quantize_attention(
-    weights: AttentionWeights, prefix: str, given: Mapping[str, Tensor] | None = None
-) -> tuple[AttentionWeights, Tensor, Tensor]:
-    """(codes, scale of q/k/v, scale of o); ``prefix`` names the matrices in messages."""
-    qkv = quantize_together({f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"}, given)
-    o = quantize_together({f"{prefix}.o_proj.weight": weights.o}, given)
-    return AttentionWeights(*qkv.codes, *o.codes), qkv.scale, o.scale
+    weights: AttentionWeights, prefix: str, fp8: Container[str], given: Mapping[str, Tensor] | None = None
+) -> tuple[AttentionWeights, dict[str, Tensor]]:
+    """(what is stored, weight scales [1] by TensorRT-LLM name within the layer); what is not named in ``fp8`` stays in bf16.
+
+    ``prefix`` names the matrices in messages.
+    """
+    qkv = quantize_together({f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"}, given, fp8=QKV in fp8)
+    o = quantize_together({f"{prefix}.o_proj.weight": weights.o}, given, fp8=DENSE in fp8)
+    return AttentionWeights(*qkv.codes, *o.codes), _named({QKV: qkv.scale, DENSE: o.scale})
 
 
 def quantize_mlp(
-    weights: MlpWeights, prefix: str, given: Mapping[str, Tensor] | None = None
-) -> tuple[MlpWeights, Tensor, Tensor]:
-    """(codes, common scale of w1 and w3, scale of w2), for an expert or the residual MLP."""
-    fc = quantize_together({f"{prefix}.w1.weight": weights.w1, f"{prefix}.w3.weight": weights.w3}, given)
-    proj = quantize_together({f"{prefix}.w2.weight": weights.w2}, given)
-    return MlpWeights(w1=fc.codes[0], w2=proj.codes[0], w3=fc.codes[1]), fc.scale, proj.scale
+    weights: MlpWeights, prefix: str, fp8: Container[str], given: Mapping[str, Tensor] | None = None, *, expert: bool = False
+) -> tuple[MlpWeights, dict[str, Tensor]]:
+    """The same for the residual MLP, or for an ``expert``; w1 and w3 share a scale."""
+    joined, last = ((EXPERT_FC,), EXPERT_PROJ) if expert else ((RESIDUAL_FC, RESIDUAL_GATE), RESIDUAL_PROJ)
+    fc = quantize_together({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w3")}, given, fp8=joined[0] in fp8)
+    proj = quantize_together({f"{prefix}.w2.weight": weights.w2}, given, fp8=last in fp8)
+    scales = _named({**dict.fromkeys(joined, fc.scale), last: proj.scale})
+    return MlpWeights(w1=fc.codes[0], w2=proj.codes[0], w3=fc.codes[1]), scales
 
 
-def scale_activations(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Activation scales [1] by TensorRT-LLM name within the layer.
+def _named(scales: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {weight_scale(f"{name}.weight"): scale for name, scale in scales.items() if scale is not None}
+
+
+def scale_activations(values: Mapping[str, Tensor], fp8: Container[str]) -> dict[str, Tensor]:
+    """Activation scales [1] by TensorRT-LLM name within the layer, of the projections in ``fp8``.
 
     Experts share one scale a projection: the maximum over those that saw tokens, so an expert that saw none takes theirs.
     """
-    return {activation_scale(name): scale_from_amax(values[site]).reshape(1) for name, site in ACTIVATION_SITES.items()}
+    return {
+        activation_scale(f"{name}.weight"): scale_from_amax(values[site]).reshape(1)
+        for name, site in ACTIVATION_SITES.items()
+        if name in fp8
+    }
 
 
 def scale_kv_cache(values: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ class _Quantization(Recipe):
 
     qformat: Literal["fp8", "full_prec"] = "fp8"
     kv_cache_dtype: Literal["fp8", "none"] | None = None
+    exclude_modules: tuple[str, ...] = ()
     tp_size: int = Field(8, ge=1)
     pp_size: int = Field(1, ge=1)
     moe_tp_size: int | None = Field(None, ge=1)
@@ -32,6 +33,12 @@ class _Quantization(Recipe):
     def _kv_cache_needs_scales(self) -> _Quantization:
         if self.qformat == "full_prec" and self.kv_cache_dtype == "fp8":
             raise ValueError("--kv_cache_dtype fp8 needs scales, which --qformat full_prec does not calibrate")
+        return self
+
+    @model_validator(mode="after")
+    def _exclusion_needs_fp8(self) -> _Quantization:
+        if self.qformat == "full_prec" and self.exclude_modules:
+            raise ValueError("--exclude_modules keeps parts of an FP8 checkpoint in bf16; with --qformat full_prec all of it is")
         return self
 
     @model_validator(mode="after")

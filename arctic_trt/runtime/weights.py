@@ -77,7 +77,7 @@ def _load_layer(file: TensorFile, layer: int, quant: QuantFormat, kernels: Kerne
     def projection(name: str) -> Projection:
         full = layer_tensor(layer, name)
         weight = kernels.hold(file.read(f"{full}.weight"))
-        if not quant.fp8:
+        if f"{full}.alpha" not in file.tensors:  # as planned: held to the plan before
             return Projection(weight)
         return Projection(weight, file.read(f"{full}.input_scale"), file.read(f"{full}.alpha"))
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from arctic_trt.cli.quantize import command
 from tests.conftest import Finished
 from tests.support.checkpoints import SMALL, random_ids, random_tensors, repeat_kv_heads, write_checkpoint, write_samples
-from tests.support.jobs import Job, lasting, tree
+from tests.support.jobs import Job, lasting, read_report, tree
 from tests.support.tokenizers import write_tokenizer
 
 REPORT_KEYS = {
@@ -119,6 +119,23 @@ def test_a_recipe_can_hold_everything(job: Job, arctic_trt: Callable[..., Finish
     for _ in range(2):
         assert arctic_trt("quantize", "--config", recipe).code == 0
     assert (tree(job.output_dir) or {}).keys() >= {"config.json", "rank0.safetensors"}
+
+
+def test_modules_that_stay_in_bf16_are_announced_and_reported(
+    job: Job, arctic_trt: Callable[..., Finished], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("exclude_modules: [transformer.layers.0.mlp, '*.attention.*']\n")
+    done = arctic_trt(*job.argv("--config", recipe))
+    kept = "layer 0 attention.dense, layer 0 attention.qkv, layer 0 mlp, layer 1 attention.dense, layer 1 attention.qkv"
+    assert done.code == 0 and f"kept in bf16: {kept}\n" in done.err
+    report = read_report(job.output_dir)
+    assert report["recipe"]["exclude_modules"] == ["transformer.layers.0.mlp", "*.attention.*"]
+    assert len(report["modules_in_bf16"]) == 5
+    again = arctic_trt(*job.argv("--config", recipe))
+    assert again.code == 0 and "already holds exactly this checkpoint" in again.err
+    flag = arctic_trt(*job.argv("--config", recipe, "--exclude_modules", "transformer.layers.*", "--overwrite"))
+    assert flag.code == 0 and "layer 1 attention.qkv and 4 more\n" in flag.err
 
 
 def test_defaults(job: Job, arctic_trt: Callable[..., Finished]) -> None:
@@ -238,6 +255,7 @@ FROZEN_FLAGS = {
     "--calib_size": "integer",
     "--calib_max_seq_length": "integer",
     "--batch_size": "integer",
+    "--exclude_modules": "text",
     "--seed": "integer",
     "--calibrator": "streaming|modelopt",
     "--calib_algorithm": "text",

@@ -169,6 +169,27 @@ BAD_SETS: dict[str, tuple[Spoil, int, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--exclude_modules", "*.router"], "--exclude_modules '*.router' matches no module that is quantized"),
+        (
+            ["--exclude_modules", "*.mlp", "--exclude_modules", "transformer.layers.2.mlp"],
+            "N from 0 to 1, X one of attention.qkv",
+        ),
+        (["--exclude_modules", "*.residual_mlp.fc"], "Exclude both or none"),
+        (["--exclude_modules", "transformer.layers.0.mlp.proj"], "Exclude transformer.layers.0.mlp, or"),
+        (
+            ["--exclude_modules", "transformer.layers.0.mlp", "--pp_size", 2],
+            "in 2 pipeline stages TensorRT-LLM counts layers from 0",
+        ),
+        (["--exclude_modules", "*.mlp", "--qformat", "full_prec"], "with --qformat full_prec all of it is"),
+    ],
+)
+def test_exclusions_that_cannot_be_meant(flags: list[object], complaint: str, job: Job, arctic_trt: ArcticTrt) -> None:
+    refuse(job, arctic_trt, USAGE, complaint, flags=flags)
+
+
 @pytest.mark.parametrize(("spoil", "code", "complaint"), BAD_SETS.values(), ids=BAD_SETS.keys())
 def test_a_bad_set_of_tensors(spoil: Spoil, code: int, complaint: str, job: Job, arctic_trt: ArcticTrt) -> None:
     spoil(job)

@@ -66,11 +66,13 @@ def test_killed_while_overwriting_the_same_command_gives_the_same_bytes(job: Job
         assert lasting(job.output_dir) == expected
 
 
-@pytest.mark.parametrize("kind", ["fp8", "full_prec", "hidden states on disk"])
+@pytest.mark.parametrize("kind", ["fp8", "mixed", "full_prec", "hidden states on disk"])
 def test_killed_again_and_again_the_job_is_completed(kind: str, layered_job: Job, arctic_trt: ArcticTrt) -> None:
     """Every layer boundary, just before and just after it is committed, and moments of chance between them."""
     job, draw = layered_job, random.Random(4)
     job.flags = {"--tp_size": 2, "--qformat": "full_prec" if kind == "full_prec" else "fp8"}
+    if kind == "mixed":
+        job.flags["--exclude_modules"] = "transformer.layers.[024].*"
     expected = undisturbed(job)
     if kind == "hidden states on disk":
         recipe = {"model_dir": job.model_dir, "output_dir": job.output_dir, "calib_dataset": str(job.calib), "tp_size": 2}
@@ -148,6 +150,7 @@ def test_unfinished_work_of_another_recipe_is_refused_and_kept(layered_job: Job,
         (["--calib_size", 2], "calibration_ids, calib_size (128 then, 2 now)."),
         (["--tp_size", 1], "tp_size (2 then, 1 now), moe_tp_size (2 then, 1 now)."),
         (["--kv_cache_dtype", "none"], "kv_cache_dtype (fp8 then, none now)."),
+        (["--exclude_modules", "*.mlp"], "exclude_modules ([] then, ['*.mlp'] now)."),
     ):
         done = arctic_trt(*job.argv("-q", *flags))
         assert (done.code, done.out) == (3, "")

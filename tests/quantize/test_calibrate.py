@@ -138,8 +138,8 @@ def test_experts_without_tokens_take_the_maximum_of_those_with_tokens_of_the_sam
             gated_mlp(x[token], weights, lambda site, value: inner.append(amax(value)) if "proj" in site else None)
     assert len(inner) == 32 - tokens.count(0)
     assert observed["mlp.proj"] == max(inner) != observed["mlp.fc"] == amax(x)
-    scales = scale_activations(observed)
-    assert scales["mlp.proj.activation_scaling_factor"].equal(max(inner).float().reshape(1) / 448)
+    scales = scale_activations(observed, {"mlp.proj"})
+    assert scales == {"mlp.proj.activation_scaling_factor": max(inner).float().reshape(1) / 448}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -171,7 +171,17 @@ def test_weights_that_are_all_zero_get_scale_one_and_a_warning(caplog: pytest.Lo
     assert found.scale.tolist() == [1.0] and "w1 and w3: all weights are zero" in caplog.text
 
 
+@pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(bad: float, fp8: bool) -> None:
+    weights = {"w1": torch.ones(3).bfloat16(), "w3": torch.tensor([1.0, bad]).bfloat16()}
     with pytest.raises(CheckpointError, match="w3 contains NaN or infinity"):
-        weight_amax({"w1": torch.ones(3).bfloat16(), "w3": torch.tensor([1.0, bad]).bfloat16()})
+        weight_amax(weights)
+    with pytest.raises(CheckpointError, match="w3 contains NaN or infinity"):
+        quantize_together(weights, fp8=fp8)
+
+
+def test_what_stays_in_bf16_is_handed_through_without_a_scale(caplog: pytest.LogCaptureFixture) -> None:
+    weights = {"w1": torch.zeros(4).bfloat16()}
+    found = quantize_together(weights, fp8=False)
+    assert found.scale is None and found.codes[0] is weights["w1"] and not caplog.records

@@ -33,6 +33,7 @@ NEUTRAL = {
 TELLING = {
     "qformat": "full_prec",
     "kv_cache_dtype": "none",
+    "exclude_modules": ("*.mlp",),
     "calib_size": 3,
     "calib_max_seq_length": 3,
     "batch_size": 2,

@@ -47,6 +47,7 @@ CASES = {
         (16, 16, 16, 9),
         {"tp_size": 4, "pp_size": 2, "moe_ep_size": 2, "batch_size": 3},
     ),
+    "some of it in bf16": Case(recipe={"tp_size": 2, "exclude_modules": ["transformer.layers.1.mlp", "*.attention.dense"]}),
     "no calibration": Case(recipe={"tp_size": 2, "qformat": "full_prec"}),
     "top 1": Case({**TINY, "num_experts_per_tok": 1}),
     "begun by one process": Case({**SMALL, "num_hidden_layers": 5}, die_after=2),
@@ -66,7 +67,8 @@ def argv_of(case: Case, path: Path, processes: int) -> list[str]:
     recipe = {**recipe_of(case, path), "output_dir": path / "four"}
     if case.spill:
         recipe["memory_budget"] = str(spilling_budget(recipe, processes))
-    return ["quantize", *(word for name, value in recipe.items() for word in (f"--{name}", str(value)))]
+    each = [(name, one) for name, value in recipe.items() for one in (value if isinstance(value, list) else [value])]
+    return ["quantize", *(word for name, value in each for word in (f"--{name}", str(value)))]
 
 
 def test_four_processes_write_the_bytes_of_one(tmp_path: Path) -> None:

@@ -77,6 +77,23 @@ def test_the_recipe_called_fp8_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("kind", [QuantizeRecipe, PlanRecipe])
+@pytest.mark.parametrize(
+    ("in_file", "complaint"),
+    [
+        ("exclude_modules: ['*.mlp']\nqformat: full_prec", "--exclude_modules keeps parts of an FP8 checkpoint in bf16"),
+        ("exclude_modules: '*.mlp'", "recipe.yaml has exclude_modules '\\*.mlp' is not valid: input should be a valid tuple"),
+        ("exclude_modules: [3]", "recipe.yaml has exclude_modules 3 is not valid: input should be a valid string"),
+    ],
+)
+def test_exclusions_are_a_list_of_patterns_of_an_fp8_checkpoint(kind: Any, in_file: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(in_file)
+    given = {**REQUIRED, "model": Path("model")}
+    with pytest.raises(UsageError, match=complaint):
+        resolve(kind, {name: value for name, value in given.items() if name in kind.model_fields}, path)
+
+
+@pytest.mark.parametrize("kind", [QuantizeRecipe, PlanRecipe])
 def test_an_fp8_cache_needs_scales(kind: Any) -> None:
     given = {**REQUIRED, "model": Path("model"), "qformat": "full_prec", "kv_cache_dtype": "fp8"}
     flags = {name: value for name, value in given.items() if name in kind.model_fields}

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.mpi
 MAX_OUTPUT_LEN = 12
 MAX_ERROR, MEAN_ERROR = 2e-2, 3e-3  # what the interface promises
 SAME = 1e-5  # between cuts of one checkpoint: partial sums are exact, so every activation rounds to the same code
+MIXED = ("transformer.layers.0.mlp", "*.residual_mlp.*", "transformer.layers.1.attention.dense")
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-tp8": ("tiny", {"tp_size": 8}),
     "tiny-tp4": ("tiny", {"tp_size": 4}),
@@ -36,6 +37,7 @@ CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlike-tp4": ("unlike", {"tp_size": 4}),
     "unlike-tp2pp2": ("unlike", {"tp_size": 2, "pp_size": 2}),
     "unlike-bf16-tp4": ("unlike", {"tp_size": 4, "qformat": "full_prec"}),
+    "tiny-mixed-tp2ep2": ("tiny", {"tp_size": 2, "moe_ep_size": 2, "exclude_modules": MIXED}),
 }
 ROUNDS = [
     ["tiny-tp8"],
@@ -44,7 +46,7 @@ ROUNDS = [
     ["tiny-tp2", "tiny-pp2", "unlike-tp4"],
     ["unlike-tp2pp2", "unlike-bf16-tp4"],
     ["narrow-tp8ep4"],
-    ["narrow-tp2pp3"],
+    ["narrow-tp2pp3", "tiny-mixed-tp2ep2"],
 ]
 
 
@@ -84,7 +86,8 @@ def worlds(tiny: Model, unlike: Model, narrow: Model, tmp_path_factory: pytest.T
 def test_tokens_and_logits_do_not_depend_on_the_cut(name: str, worlds: Worlds, tmp_path: Path) -> None:
     model, recipe = worlds.models[CUTS[name][0]], CUTS[name][1]
     prompts = worlds.prompts[CUTS[name][0]]
-    alone = model.engine("bf16", qformat="full_prec") if "qformat" in recipe else model.engine("fp8")
+    formats = {key: recipe[key] for key in ("qformat", "exclude_modules") if key in recipe}
+    alone = model.engine({"qformat": "bf16", "exclude_modules": "mixed"}[next(iter(formats))] if formats else "fp8", **formats)
     result, logits = complete(alone, prompts, tmp_path, max_output_len=MAX_OUTPUT_LEN, end_id=-1)
     tokens, found = worlds.found(name)
     assert tokens == [output.token_ids for output in result.outputs]

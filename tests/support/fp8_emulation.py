@@ -1,7 +1,7 @@
 """What an FP8 TensorRT-LLM checkpoint computes, in float32, written from the format's description and sharing no code with it.
 
 All rank files are put together to full matrices; every input of a quantized projection, and every key and value, is rounded
-through e4m3; everything else is float32, one whole sequence at a time, without a cache.
+through e4m3; everything else is float32, one whole sequence at a time, without a cache. What has no scales is not quantized.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def fp8_logits(checkpoint_dir: Path, tokens: list[int]) -> Tensor:
     weights = merge_with_scales(checkpoint_dir, config)
 
     def linear(name: str) -> Fn:
-        matrix, w_scale, a_scale = weights[name], weights[f"{name}.w"], weights[f"{name}.a"]
+        matrix, w_scale, a_scale = weights[name], weights.get(f"{name}.w"), weights.get(f"{name}.a")
+        if w_scale is None or a_scale is None:
+            return lambda x: x @ matrix.T
         return lambda x: (_e4m3(x, a_scale) @ matrix.T) * (w_scale * a_scale)
 
     def cache(layer: int) -> Fn:
@@ -166,6 +168,8 @@ def _merge_layer(parts: list[Weights], config: dict[str, Any], ep: int) -> Weigh
     names = {"q": "attention.qkv", "k": "attention.qkv", "v": "attention.qkv", "o": "attention.dense"}
     names |= {"residual.w1": "residual_mlp.fc", "residual.w3": "residual_mlp.gate", "residual.w2": "residual_mlp.proj"}
     for short, long in names.items():
+        if first[f"{long}.weight"].dtype == torch.bfloat16:
+            continue
         merged[f"{short}.w"] = first[f"{long}.weights_scaling_factor"]
         merged[f"{short}.a"] = first[f"{long}.activation_scaling_factor"]
     return merged | _merge_experts(parts, config["moe"]["num_experts"], ep)
@@ -181,7 +185,8 @@ def _merge_experts(parts: list[Weights], num_experts: int, ep: int) -> Weights:
         merged[f"{expert}.w3"] = torch.cat([f[:half] for f in fc])
         merged[f"{expert}.w1"] = torch.cat([f[half:] for f in fc])
         merged[f"{expert}.w2"] = torch.cat([part["mlp.proj.weight"][index].float() for part in holders], 1)
-        for short, long in {"w1": "mlp.fc", "w3": "mlp.fc", "w2": "mlp.proj"}.items():
+        scaled = {} if holders[0]["mlp.fc.weight"].dtype == torch.bfloat16 else {"w1": "mlp.fc", "w3": "mlp.fc", "w2": "mlp.proj"}
+        for short, long in scaled.items():
             merged[f"{expert}.{short}.w"] = holders[0][f"{long}.weights_scaling_factor"][index]
             merged[f"{expert}.{short}.a"] = holders[0][f"{long}.activation_scaling_factor"]
     return merged

@@ -2,8 +2,8 @@
 
 Against the checkpoint, the weights that read the same input are joined (the residual MLP's ``fc`` rows, then its ``gate``
 rows) and the scales are brought into the form in which they are applied: ``input_scale`` divides the activation before its
-cast, ``alpha`` multiplies the product, so alpha = weight scale * activation scale, [1] or, for experts, [E, 1]. An engine of
-a checkpoint in bf16 has neither.
+cast, ``alpha`` multiplies the product, so alpha = weight scale * activation scale, [1] or, for experts, [E, 1]. What the
+checkpoint holds in bf16 has neither.
 """
 
 from __future__ import annotations
@@ -81,18 +81,18 @@ def _plan_layer(layer: int, source: dict[str, TensorSpec], quant: QuantFormat) -
     yield _take(layer_tensor(layer, ROUTER), trt_layer(layer, "mlp.router.weight"), source)
     for name, suffixes in PROJECTIONS.items():
         weights = tuple(trt_layer(layer, suffix) for suffix in suffixes)
-        yield from _plan_projection(layer_tensor(layer, name), weights, source, quant.fp8)
+        yield from _plan_projection(layer_tensor(layer, name), weights, source)
     if quant.kv_fp8:
         scale = trt_layer(layer, KV_CACHE_SCALE)
         yield _take(layer_tensor(layer, KV_SCALE), scale, source)
         yield EngineTensor(TensorSpec(layer_tensor(layer, KV_SCALE_INVERSE), "F32", (1,)), How.INVERSE, (scale,))
 
 
-def _plan_projection(name: str, weights: tuple[str, ...], source: dict[str, TensorSpec], fp8: bool) -> Iterator[EngineTensor]:
+def _plan_projection(name: str, weights: tuple[str, ...], source: dict[str, TensorSpec]) -> Iterator[EngineTensor]:
     first = source[weights[0]]
     rows = sum(source[weight].shape[0] for weight in weights)
     yield EngineTensor(TensorSpec(f"{name}.weight", first.dtype, (rows, *first.shape[1:])), How.JOIN, weights)
-    if not fp8:
+    if first.dtype != "F8_E4M3":
         return
     activation, weight = activation_scale(weights[0]), weight_scale(weights[0])
     yield EngineTensor(TensorSpec(f"{name}.input_scale", "F32", (1,)), How.SAME, tuple(map(activation_scale, weights)))

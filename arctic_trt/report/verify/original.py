@@ -49,7 +49,7 @@ class Comparison:
 
     def __init__(self, checkpoint: OpenCheckpoint, source: HfCheckpoint, found: Verification) -> None:
         self.checkpoint, self.source, self.found = checkpoint, source, found
-        self.config, self.fp8 = checkpoint.config, checkpoint.quant.fp8
+        self.config = checkpoint.config
 
     def end(self, row: Row) -> None:
         """Embedding, final norm or output head."""
@@ -63,14 +63,12 @@ class Comparison:
     def dense(self, layer: int) -> None:
         """Everything of a layer but its experts."""
         weights = self.source.dense(layer)
-        attention, mlp = weights.attention, weights.residual_mlp
-        if self.fp8:
-            attention, qkv, o = quantize_attention(attention, hf_layer(layer, "self_attn"))
-            mlp, fc, proj = quantize_mlp(mlp, hf_layer(layer, "residual_mlp"))
-            scales = {"attention.qkv": qkv, "attention.dense": o}
-            scales |= {"residual_mlp.fc": fc, "residual_mlp.gate": fc, "residual_mlp.proj": proj}
-            self._scales(layer, scales)
         local, ranks = self._place(layer)
+        fp8 = self.checkpoint.quant.fp8_names(local)
+        attention, scales = quantize_attention(weights.attention, hf_layer(layer, "self_attn"), fp8)
+        mlp, mlp_scales = quantize_mlp(weights.residual_mlp, hf_layer(layer, "residual_mlp"), fp8)
+        scales |= mlp_scales
+        self._scales(layer, scales)
         for rank in ranks:
             name = trt_layer(local, "attention.qkv.weight")
             self._compare(rank, name, shard_qkv(attention.q, attention.k, attention.v, rank, self.config))
@@ -79,26 +77,26 @@ class Comparison:
                 stored = tensor.float() if row.kind is Kind.FLOAT32 else tensor
                 self._compare(rank, trt_layer(local, suffix), shard_plain(stored, row.cut, rank, self.config))
         before, after = _pairs(weights, attention, mlp)
-        scales_of = [qkv, qkv, qkv, o, fc, fc, proj] if self.fp8 else []
         names = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"residual_mlp.{w}" for w in ("w1", "w3", "w2")]
+        rows = ["attention.qkv"] * 3 + ["attention.dense", "residual_mlp.fc", "residual_mlp.gate", "residual_mlp.proj"]
+        scales_of = [scales.get(weight_scale(f"{row}.weight")) for row in rows]
         self._count([hf_layer(layer, f"{name}.weight") for name in names], before, after, scales_of)
 
     def expert(self, layer: int, expert: int) -> None:
         """One expert."""
         weights = self.source.expert(layer, expert)
-        codes, scales_of = weights, []
-        if self.fp8:
-            codes, fc, proj = quantize_mlp(weights, hf_layer(layer, f"block_sparse_moe.experts.{expert}"))
-            self._scales(layer, {"mlp.fc": fc, "mlp.proj": proj}, expert)
-            scales_of = [fc, fc, proj]
         local, ranks = self._place(layer)
+        prefix, fp8 = hf_layer(layer, f"block_sparse_moe.experts.{expert}"), self.checkpoint.quant.fp8_names(local)
+        codes, scales = quantize_mlp(weights, prefix, fp8, expert=True)
+        self._scales(layer, scales, expert)
         for rank in ranks:
             held = rank.experts(self.config.num_local_experts)
             if expert in held:
                 at = expert - held.start
                 self._compare(rank, trt_layer(local, "mlp.fc.weight"), shard_expert_fc(codes.w3, codes.w1, rank), at)
                 self._compare(rank, trt_layer(local, "mlp.proj.weight"), shard_expert_proj(codes.w2, rank), at)
-        names = [hf_layer(layer, f"block_sparse_moe.experts.{expert}.{w}.weight") for w in ("w1", "w3", "w2")]
+        names = [f"{prefix}.{w}.weight" for w in ("w1", "w3", "w2")]
+        scales_of = [scales.get(weight_scale(f"mlp.{row}.weight")) for row in ("fc", "fc", "proj")]
         self._count(names, [weights.w1, weights.w3, weights.w2], [codes.w1, codes.w3, codes.w2], scales_of)
 
     def _place(self, layer: int) -> tuple[int, list[Rank]]:
@@ -126,8 +124,8 @@ class Comparison:
     def _scales(self, layer: int, scales: dict[str, Tensor], expert: int | None = None) -> None:
         """Hold weight scales to those of the original's weights, bit for bit."""
         local, ranks = self._place(layer)
-        for prefix, expected in scales.items():
-            name = trt_layer(local, weight_scale(f"{prefix}.weight"))
+        for suffix, expected in scales.items():
+            name = trt_layer(local, suffix)
             for rank in ranks:
                 held = rank.experts(self.config.num_local_experts)
                 if not self.checkpoint.has(rank, name) or (expert is not None and expert not in held):
@@ -138,8 +136,9 @@ class Comparison:
                     sentence = f"{name}{of} is {float(stored)!r}, the original's weights give {float(expected)!r}."
                     self.found.error("scale", rank_file(rank.index), name, sentence)
 
-    def _count(self, names: list[str], before: list[Tensor], after: list[Tensor], scales: list[Tensor]) -> None:
-        qualities = [quality_of(*each) for each in zip(names, before, after, scales, strict=False)]
+    def _count(self, names: list[str], before: list[Tensor], after: list[Tensor], scales: list[Tensor | None]) -> None:
+        each = zip(names, before, after, scales, strict=True)
+        qualities = [quality_of(name, whole, codes, scale) for name, whole, codes, scale in each if scale is not None]
         self.found.count(len(names), sum(tensor.nbytes for tensor in before), qualities)
 
 

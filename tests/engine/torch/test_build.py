@@ -28,6 +28,7 @@ LAYOUTS = {
     "tp2pp2": {"tp_size": 2, "pp_size": 2},
     "bf16": {"tp_size": 2, "qformat": "full_prec"},
     "kv_float": {"tp_size": 1, "kv_cache_dtype": "none"},
+    "mixed": {"tp_size": 2, "exclude_modules": ("transformer.layers.0.mlp", "*.[1].residual_mlp.*", "*.attention.qkv")},
 }
 
 
