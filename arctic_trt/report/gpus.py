@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from arctic_trt.checkpoint.contract import QuantFormat, plan_rank
+from arctic_trt.checkpoint.exclusion import single_layer_module
 from arctic_trt.errors import UsageError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping, Rank, padded_vocab, plan_mapping
@@ -143,10 +144,13 @@ def judge_machine(machine: Machine, config: ArcticConfig, asked: Mapping, quant:
     mapping = machine_mapping(machine, config, asked)
     if mapping is None:
         return Fit(machine, None, None, f"the model cannot be divided by {machine.count}")
+    layers = config.num_hidden_layers
     needed = max(need.needed_bytes for need in estimate_stages(config, mapping, quant, load))
     why_not = ""
     if quant.fp8 and not machine.fp8:
         why_not = "no FP8 tensor cores"
+    elif mapping.pp_size > 1 and single_layer_module(quant.modules_in_bf16(layers), layers):
+        why_not = "exclude_modules names single layers"
     elif needed > USABLE_SHARE * machine.gpu_memory_bytes:
         why_not = "not enough memory"
     return Fit(machine, mapping, needed, why_not)

@@ -91,6 +91,10 @@ class Forecast:
     def output_bytes(self) -> int:
         return sum(self.rank_bytes)
 
+    @property
+    def modules_in_bf16(self) -> list[tuple[int, str]]:
+        return self.job.quant.modules_in_bf16(self.source.config.num_hidden_layers)
+
     def as_dict(self) -> dict[str, Any]:
         """The figures, for ``--json``."""
         return {
@@ -100,6 +104,7 @@ class Forecast:
             "output_bytes": self.output_bytes,
             "output_tensors": self.num_tensors,
             "rank_bytes": list(self.rank_bytes),
+            "modules_in_bf16": [list(each) for each in self.modules_in_bf16],
             "mapping": self.job.mapping.as_dict(),
             "calibration_tokens": self.job.tokens,
             "memory_budget_bytes": self.job.budget_bytes,

@@ -103,6 +103,20 @@ def test_bf16_needs_other_machines(plan: Plan) -> None:
     assert figures["stages"][0]["kv_bytes_per_token"] == 143_360 // 8
 
 
+def test_exclusions_by_flag_and_by_recipe(plan: Plan, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("exclude_modules: [transformer.layers.3.mlp]\n")
+    by_flag, by_recipe = (
+        plan(ARCTIC_DIR, *words, "--json").json
+        for words in (["--exclude_modules", "transformer.layers.3.mlp"], ["--config", recipe])
+    )
+    assert by_flag["output_bytes"] == by_recipe["output_bytes"] and by_flag["modules_in_bf16"] == [[3, "mlp"]]
+    assert by_flag["output_bytes"] - plan(ARCTIC_DIR, "--json").json["output_bytes"] > 128 * 3 * 7168 * 4864 - 10**5
+    assert "tensors, FP8, modules in bf16: 1" in " ".join(plan(ARCTIC_DIR, "--config", recipe).out.split())
+    done = plan(ARCTIC_DIR, "--config", recipe, "--pp_size", 2, "--tp_size", 4)
+    assert done.code == 2 and "in 2 pipeline stages" in done.err and done.out == ""
+
+
 def test_every_flag_counts(plan: Plan) -> None:
     words = (
         "--tp_size 4 --pp_size 2 --moe_ep_size 4 --kv_cache_dtype none --calib_size 16 --calib_max_seq_length 9999 --batch_size 2"

@@ -210,6 +210,30 @@ class TestGpus:
         assert len({(machine.name, machine.count) for machine in MACHINES}) == len(MACHINES)
 
 
+class TestExclusions:
+    """One layer's experts are 13.4 GB in FP8, and twice that in bf16."""
+
+    EXPERTS = 128 * 3 * 7168 * 4864
+
+    def test_sizes_grow_by_what_stays_in_bf16(self) -> None:
+        excluded = plan(quant=replace(FP8, exclude_modules=("transformer.layers.3.mlp",)))
+        scales = 8 * 4 * 2 * (1 + 128)
+        assert abs(excluded.output_bytes - plan().output_bytes - (self.EXPERTS - scales)) <= 8 * 4096, "headers are padded"
+        assert excluded.as_dict()["modules_in_bf16"] == [[3, "mlp"]] and plan().modules_in_bf16 == []
+        grown = [after.weights_bytes - before.weights_bytes for before, after in zip(plan().stages, excluded.stages, strict=True)]
+        assert grown == [(self.EXPERTS - scales) // 8]
+
+    def test_everything_excluded_is_bf16(self) -> None:
+        excluded = plan(quant=QuantFormat(fp8=True, kv_fp8=False, exclude_modules=("transformer.layers.*",)))
+        assert excluded.rank_bytes == plan(quant=BF16).rank_bytes
+
+    @pytest.mark.parametrize(("pattern", "why_not"), [("*.3.mlp", "exclude_modules names single layers"), ("*.mlp", "")])
+    def test_single_layers_do_not_go_with_stages(self, pattern: str, why_not: str) -> None:
+        quant, machine = replace(FP8, exclude_modules=(pattern,)), Machine("X", 16, 400 * GIB)
+        assert judge_machine(machine, arctic(), job().mapping, quant, LOAD).why_not == why_not
+        assert judge_machine(replace(machine, count=8), arctic(), job().mapping, quant, LOAD).why_not == ""
+
+
 class TestMemoryAndDisk:
     def test_the_whole_model_takes_less_than_8_gib(self) -> None:
         forecasted = plan()

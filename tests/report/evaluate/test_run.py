@@ -17,6 +17,7 @@ from arctic_trt.recipes import EvaluateRecipe
 from arctic_trt.report.evaluate.plan import plan_evaluation
 from arctic_trt.report.evaluate.run import evaluate
 from tests.report.evaluate.conftest import LENGTHS
+from tests.support.jobs import quantize, read_ranks
 
 Make = Callable[..., dict[str, object]]
 
@@ -90,6 +91,20 @@ def test_a_sensitivity(result: Make, checkpoint: Path, model: Path, data: Path) 
     assert sum(unit["bytes"] for unit in kept) == found["spent_bytes"] and bool(recipe["exclude_modules"]) == any(
         unit["layer"] is not None for unit in kept
     )
+
+
+def test_the_recipe_makes_the_checkpoint_that_was_chosen(result: Make, checkpoint: Path, model: Path, tmp_path: Path) -> None:
+    before = result(
+        checkpoint, against=model, sensitivity=True, size_budget="20%", sites=["attention", "residual_mlp", "experts"]
+    )
+    found = before["sensitivity"]
+    assert isinstance(found, dict)
+    recipe = yaml.safe_load(Path(found["recipe"]).read_text())
+    quantize(output_dir=tmp_path / "mixed", **recipe)
+    sizes = [sum(t.nbytes for rank in read_ranks(path) for t in rank.values()) for path in (checkpoint, tmp_path / "mixed")]
+    assert sizes[1] - sizes[0] == found["spent_bytes"] > 0
+    after = result(tmp_path / "mixed", against=model)
+    assert 0 < after["kl_mean"] < before["kl_mean"]  # type: ignore[operator]
 
 
 def test_a_recipe_elsewhere_and_of_some_sites(
