@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, plan_config, plan_rank, rank_file
+from arctic_trt.checkpoint.exclusion import matches
 from arctic_trt.checkpoint.output_dir import MARKER
 from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, describe
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping, Rank
-from arctic_trt.model.names import KV_CACHE_SCALE, LAYER, Cut, Kind, activation_scale, trt_layer, weight_scale
+from arctic_trt.model.names import KV_CACHE_SCALE, LAYER, LM_HEAD, Cut, Kind, activation_scale, trt_layer, weight_scale
 from arctic_trt.report.verify.findings import Verification
 
 REPORT = "report/quantize.json"
@@ -63,6 +64,7 @@ def open_checkpoint(path: Path, found: Verification) -> OpenCheckpoint | None:
         found.error("config", "config.json", "", f"config.json cannot be used: {' '.join(str(error).split())}")
         return None
     _check_config(raw, plan_config(config, mapping, quant), found)
+    _check_never_quantized(raw["quantization"], len(mapping.layers(0, config.num_hidden_layers)), found)
     checkpoint = OpenCheckpoint(path, config, mapping, quant)
     _check_files(checkpoint, found)
     for rank in mapping.ranks():
@@ -79,6 +81,18 @@ def _check_config(raw: dict[str, Any], wanted: dict[str, Any], found: Verificati
         elif raw[key] != value:
             report = found.warn if key in OTHERS_MAY_DIFFER else found.error
             report("config", "config.json", key, f"config.json has {key}={raw[key]!r}, expected {value!r}.")
+
+
+def _check_never_quantized(quantization: dict[str, Any], layers: int, found: Verification) -> None:
+    """Routers and output head, which TensorRT-LLM takes for FP8 where a list leaves them out; null stands for its defaults."""
+    listed = quantization.get("exclude_modules")
+    if quantization["quant_algo"] is None or listed is None:
+        return
+    routers = [trt_layer(layer, row.module) for row in LAYER if row.kind is Kind.FLOAT32 for layer in range(layers)]
+    for name in (LM_HEAD.module, *routers):
+        if not matches(tuple(listed), name):
+            sentence = f"config.json's exclude_modules leave out {name}, which TensorRT-LLM then expects in FP8."
+            found.error("config", "config.json", name, sentence)
 
 
 def _check_files(checkpoint: OpenCheckpoint, found: Verification) -> None:
@@ -136,7 +150,7 @@ def _shared(checkpoint: OpenCheckpoint, ranks: list[Rank], local: int) -> Iterat
         name = trt_layer(local, row.trt)
         if row.cut is Cut.REPLICATED:
             yield name, ranks
-        if row.kind is Kind.QUANTIZED and checkpoint.quant.fp8:
+        if checkpoint.quant.is_fp8(local, row):
             yield activation_scale(name), ranks
             experts = row.cut in (Cut.EXPERT_FC, Cut.EXPERT_PROJ)
             for block in range(checkpoint.mapping.moe_ep_size) if experts else (None,):

@@ -361,6 +361,16 @@ def _(out: Path, other: Path) -> None:
     edit_config(out, lambda raw: raw["quantization"].update(kv_cache_quant_algo=None))  # type: ignore[attr-defined]
 
 
+@damage("config that excludes a quantized module")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["quantization"]["exclude_modules"].append(f"{LAYER1}mlp"))  # type: ignore[index]
+
+
+@damage("config that leaves out the routers")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["quantization"]["exclude_modules"].remove("*router"))  # type: ignore[index]
+
+
 @damage("config missing")
 def _(out: Path, other: Path) -> None:
     (out / "config.json").unlink()

@@ -116,6 +116,8 @@ def test_without_its_report_activation_scales_are_taken_on_trust(checkpoints: tu
         {"tp_size": 16},
         {"tp_size": 2, "qformat": "full_prec"},
         {"tp_size": 2, "kv_cache_dtype": "none"},
+        {"tp_size": 2, "moe_ep_size": 2, "exclude_modules": ("transformer.layers.0.attention.*", "*residual_mlp.proj")},
+        {"tp_size": 2, "pp_size": 2, "exclude_modules": ("*.mlp", "*.residual_mlp.*")},
     ],
     ids=str,
 )
