@@ -6,12 +6,13 @@ The combinations refused here are those that TensorRT-LLM rejects after it has l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.engine.config import BuildConfig
+from arctic_trt.engine.tensorrt_llm.mixed import mixed_defaults
 from arctic_trt.errors import UsageError
 from arctic_trt.recipes.build import BuildRecipe
 from arctic_trt.recipes.trtllm_build import Limits, trtllm_flags
@@ -32,12 +33,14 @@ GATHERING = ("gather_context_logits", "gather_generation_logits", "gather_all_to
 NO_INFLIGHT = "so that this engine runs neither under arctic-trt run nor behind Triton"
 
 
-def plan_arguments(recipe: BuildRecipe, quant: QuantFormat, limits: BuildConfig) -> dict[str, Value]:
+def plan_arguments(
+    recipe: BuildRecipe, quant: QuantFormat, limits: BuildConfig, *, in_bf16: Collection[str] = ()
+) -> dict[str, Value]:
     """Every flag that ``trtllm-build`` gets, without directories, ranks and timing caches; names have underscores.
 
     Defaults for Arctic: attention and GEMM plugins in bfloat16 as in the official recipe, the MoE plugin, and FP8 attention
     over prompts exactly where the KV cache is FP8. Limits are always explicit: left out, the batch is 2048, and with it the
-    workspace of the experts.
+    workspace of the experts. What some layer keeps ``in_bf16`` asks for other defaults (:func:`mixed_defaults`).
     """
     given = {name: value for name in trtllm_flags() if (value := getattr(recipe, name)) is not None}
     for name in ("input_timing_cache", "output_timing_cache"):
@@ -47,6 +50,7 @@ def plan_arguments(recipe: BuildRecipe, quant: QuantFormat, limits: BuildConfig)
         "gemm_plugin": "bfloat16",
         "moe_plugin": "auto",
         "use_fp8_context_fmha": "enable" if quant.kv_fp8 else "disable",
+        **mixed_defaults(quant, in_bf16),
     }
     sizes: dict[str, Value] = {} if "build_config" in given else _limits(limits)
     return {**sizes, **arctic, **given}

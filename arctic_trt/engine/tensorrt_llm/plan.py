@@ -16,6 +16,7 @@ from arctic_trt.checkpoint.output_dir import JOURNAL, check_space
 from arctic_trt.checkpoint.trtllm import TrtCheckpoint
 from arctic_trt.engine.config import TENSORRT_LLM, BuildConfig
 from arctic_trt.engine.tensorrt_llm.arguments import Value, check_arguments, command_line, plan_arguments
+from arctic_trt.engine.tensorrt_llm.mixed import check_mixed, kept_in_bf16
 from arctic_trt.engine.tensorrt_llm.needs import FP8_SM, TIGHT_BYTES_A_SHARD_BYTE, WORKER_BYTES_A_SHARD_BYTE
 from arctic_trt.engine.tensorrt_llm.versions import Versions, check_flags, check_supported
 from arctic_trt.errors import RefusedError, UsageError
@@ -95,9 +96,10 @@ def plan_trtllm_build(
     Raises :class:`UsageError` for flags that do not fit, :class:`RefusedError` for a machine that does not.
     """
     check_supported(versions.tensorrt_llm)
-    arguments = plan_arguments(recipe, checkpoint.quant, limits)
+    arguments = plan_arguments(recipe, checkpoint.quant, limits, in_bf16=kept_in_bf16(checkpoint))
     check_flags(arguments, versions)
     notes = check_arguments(recipe, arguments, checkpoint.quant, pp_size=checkpoint.mapping.pp_size, release=versions.release)
+    check_mixed(arguments, checkpoint)
     ranks = parse_ranks(recipe.ranks, checkpoint.mapping.world_size)
     shard_bytes = tuple(checkpoint.file(rank.index).path.stat().st_size for rank in checkpoint.mapping.ranks())
     wanted = recipe.workers or (len(gpus) if gpus else len(ranks))
