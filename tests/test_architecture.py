@@ -29,8 +29,8 @@ ALLOWED = {
     "errors": set(),
     "__init__": set(),
 }
-LAZY = {"tensorrt_llm", "tensorrt", "modelopt", "transformers", "matplotlib", "mpi4py", "numba", "datasets"}
-LAZY_MODULES = {"quantize/modelopt.py": "arctic_trt.quantize.modelopt"}
+LAZY = {"tensorrt_llm", "tensorrt", "modelopt", "transformers", "matplotlib", "mpi4py", "numba", "datasets", "lm_eval", "tqdm"}
+LAZY_MODULES = {"quantize/modelopt.py": "arctic_trt.quantize.modelopt", "runtime/harness.py": "arctic_trt.runtime.harness"}
 """Modules that import a heavy library at their top, and are therefore themselves imported inside a function only."""
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400

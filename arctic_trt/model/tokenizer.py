@@ -48,13 +48,18 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, str]], *, reply: bool) -> list[int]:
         """Ids of a conversation under the chat template; ``reply`` opens the assistant's turn at the end."""
+        return self.encode_bare(self.render_chat(messages, reply=reply))
+
+    def render_chat(self, messages: list[dict[str, str]], *, reply: bool, unfinished: bool = False) -> str:
+        """Text of a conversation under the chat template; ``unfinished`` leaves the last message open, to be continued."""
         if not self._hf.chat_template:
             raise UsageError(
                 f"{self.directory / FILES[1]} has no chat_template, so messages cannot be rendered.",
                 "Use the tokenizer of Arctic instruct, or give plain text.",
             )
-        text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        return list(self._hf(text, add_special_tokens=False)["input_ids"])
+        return str(
+            self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, continue_final_message=unfinished)
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without control tokens."""

@@ -186,7 +186,7 @@ def check_world(mapping: model.Mapping, launch: Launch | None) -> None:
     if found is None or found == mapping.world_size:
         return
     needed = mapping.world_size
-    hint = f"Start it as: mpirun -n {needed} --allow-run-as-root arctic-trt run ..." if needed > 1 else "Start it without mpirun."
+    hint = f"Start it as: mpirun -n {needed} --allow-run-as-root arctic-trt ..." if needed > 1 else "Start it without mpirun."
     raise RefusedError(
         f"This engine needs {needed} rank{'s' if needed > 1 else ''} (tp {mapping.tp_size} x pp {mapping.pp_size}), got {found}.",
         hint,

@@ -126,7 +126,7 @@ def _compute(
         mine_WV = logits_WV[row : row + chunk.num_logits]
         row += chunk.num_logits
         if sequence.request.prompt_logits and chunk.start < len(sequence.request.prompt):
-            on_prompt_logits(chunk.sequence, chunk.start, mine_WV)
+            on_prompt_logits(chunk.sequence, chunk.start + chunk.logits_from, mine_WV)
         if sequence.ready:
             ready.append((sequence, mine_WV[-1]))
     return ready
@@ -139,10 +139,7 @@ def _choose_tokens(ready: list[tuple[Sequence, Tensor]], writers: dict[int, Writ
     finite = logits_WV.isfinite().all(-1).tolist()
     if not all(finite):
         broken = ready[finite.index(False)][0]
-        raise ArcticTrtError(
-            f"The logits of prompt {broken.request.index} at position {broken.computed - 1} are not finite.",
-            "A scale of the checkpoint is probably wrong: verify it, or quantize again.",
-        )
+        raise broken_logits(broken.request.index, broken.computed - 1)
     largest = logits_WV.argmax(-1).tolist()
     return [
         largest[row]
@@ -150,6 +147,14 @@ def _choose_tokens(ready: list[tuple[Sequence, Tensor]], writers: dict[int, Writ
         else choose(logits_V, sequence.request.sampling, sequence.tokens, writers[sequence.request.index].generator)
         for row, (sequence, logits_V) in enumerate(ready)
     ]
+
+
+def broken_logits(index: int, position: int) -> ArcticTrtError:
+    """What to raise for logits that are not finite."""
+    return ArcticTrtError(
+        f"The logits of prompt {index} at position {position} are not finite.",
+        "A scale of the checkpoint is probably wrong: verify it, or quantize again.",
+    )
 
 
 def _extend(sequence: Sequence, token: int, writer: Writer) -> str | None:

@@ -48,3 +48,7 @@ class KvCache:
     def free(self, sequence: int) -> None:
         """Forget a sequence."""
         del self._blocks[sequence]
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._blocks.clear()

@@ -18,7 +18,10 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt; ``index`` is its place among the prompts and names it everywhere."""
+    """One prompt; ``index`` is its place among the prompts and names it everywhere.
+
+    With ``prompt_logits`` the logits of the prompt's positions from ``logits_from`` on are wanted too.
+    """
 
     index: int
     prompt: tuple[int, ...]
@@ -26,6 +29,7 @@ class Request:
     sampling: Sampling
     end_ids: frozenset[int] = frozenset()
     prompt_logits: bool = False
+    logits_from: int = 0
 
 
 def plan_requests(
@@ -92,14 +96,19 @@ def _generation_end_ids(path: Path) -> list[int]:
     return ids
 
 
-def _check_prompt(index: int, prompt: Sequence[int], limits: BuildConfig, vocab_size: int, max_new_tokens: int) -> None:
-    if not prompt:
-        raise UsageError(f"Prompt {index} is empty.", "Give it at least one token.")
-    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+def check_vocabulary(index: int, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise :class:`UsageError` for an id that the engine does not have."""
+    wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise UsageError(
             f"Prompt {index} has token id {wrong}, expected 0 to {vocab_size - 1}.", "Is the tokenizer another model's?"
         )
+
+
+def _check_prompt(index: int, prompt: Sequence[int], limits: BuildConfig, vocab_size: int, max_new_tokens: int) -> None:
+    if not prompt:
+        raise UsageError(f"Prompt {index} is empty.", "Give it at least one token.")
+    check_vocabulary(index, prompt, vocab_size)
     if len(prompt) > limits.max_input_len:
         raise UsageError(
             f"Prompt {index} has {len(prompt)} tokens, the engine was built for --max_input_len {limits.max_input_len}.",

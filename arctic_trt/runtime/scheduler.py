@@ -86,18 +86,19 @@ class Scheduler:
 
 def _plan_chunk(sequence: Sequence, budget: _Budget) -> Chunk | None:
     request, start = sequence.request, sequence.computed
-    in_prompt = start < len(request.prompt)
+    prompt_logits = request.prompt_logits and start < len(request.prompt)
+    unwanted = max(0, request.logits_from - start)
     count = min(len(sequence.tokens) - start, budget.tokens)
-    if request.prompt_logits and in_prompt:
-        count = min(count, budget.prompt_logits)
+    if prompt_logits:
+        count = min(count, unwanted + budget.prompt_logits)
     if not count:
         return None
     budget.tokens -= count
     whole = start + count == len(sequence.tokens)
     logits_from = count - whole
-    if request.prompt_logits and in_prompt:
-        budget.prompt_logits -= count
-        logits_from = 0
+    if prompt_logits:
+        logits_from = min(count, unwanted)
+        budget.prompt_logits -= count - logits_from
     return Chunk(
         sequence=request.index,
         start=start,

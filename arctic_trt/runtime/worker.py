@@ -42,14 +42,16 @@ class Worker:
         return self.execute(step)
 
     def dismiss(self) -> None:
-        """On rank 0: end :meth:`follow` on the others."""
+        """On rank 0: end :meth:`follow` on the others, and forget all sequences; more work may come."""
         self._comm.broadcast(encode_step(END))
+        self._cache.clear()
 
     @torch.inference_mode()
     def follow(self) -> None:
         """On all other ranks: execute what rank 0 says until it dismisses them."""
         while (step := decode_step(self._comm.broadcast(None))) != END:
             self.execute(step)
+        self._cache.clear()
 
 
 def load_worker(engine_dir: Path, config: ArcticConfig, quant: QuantFormat, rank: Rank, comm: Communicator) -> Worker:

@@ -28,6 +28,7 @@ HEAVY = (
     "modelopt",
     "tensorrt_llm",
     "matplotlib",
+    "lm_eval",
 )
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,7 @@ def test_help_lists_commands_and_exit_codes(word: str, arctic_trt: Callable[...,
     for expected in (
         "quantize Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.",
         "build Build an engine directory from a TensorRT-LLM checkpoint.",
+        "lm_eval Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
         "run Generate text with an engine, alone or under mpirun.",
         "doctor Say what this machine has, which steps work on it, and what to do next.",
         "0 done 2 wrong usage or configuration 4 verification failed 1 failed 3 refused before starting 130 interrupted",

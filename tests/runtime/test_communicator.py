@@ -43,7 +43,7 @@ def test_a_world_of_one_needs_no_mpi() -> None:
 @pytest.mark.parametrize(
     ("needs", "launch", "complaint"),
     [
-        (mapping(8), None, "needs 8 ranks (tp 8 x pp 1), got 1. Start it as: mpirun -n 8 --allow-run-as-root arctic-trt run"),
+        (mapping(8), None, "needs 8 ranks (tp 8 x pp 1), got 1. Start it as: mpirun -n 8 --allow-run-as-root arctic-trt"),
         (mapping(2, 2), Launch(0, 8, None), "needs 4 ranks (tp 2 x pp 2), got 8"),
         (mapping(1), Launch(0, 2, None), "needs 1 rank (tp 1 x pp 1), got 2. Start it without mpirun."),
     ],
