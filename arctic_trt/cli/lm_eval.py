@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.errors import ArcticTrtError, RefusedError, UsageError
 from arctic_trt.launch import find_launch, is_leader, tie_to_launcher
 from arctic_trt.output import Output
 
@@ -38,8 +38,7 @@ MODEL = "arctic_trt"
     short_help="Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
 )
 @click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="ARGUMENTS ...")
-@click.pass_context
-def command(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+def command(arguments: tuple[str, ...]) -> None:
     """Run lm-evaluation-harness, with its own ARGUMENTS and with engines as --model arctic_trt.
 
     Under mpirun rank 0 runs the harness and alone prints; the other ranks take part in what it asks of the engine.
@@ -50,35 +49,48 @@ def command(ctx: click.Context, arguments: tuple[str, ...]) -> None:
         output.configure_logging()
     else:
         output.mute()
-    try:
-        program, asked = _parse(arguments, quiet=not leader)
-        engine_dir = _engine_dir(asked)
-        if engine_dir is not None:
-            from arctic_trt.runtime.open_engine import check_engine, open_engine
+    program = _harness(leader=leader)
+    asked = _parse(program, arguments, leader=leader)
+    if asked is None:
+        return
+    engine_dir = _engine_dir(asked)
+    if engine_dir is not None:
+        from arctic_trt.runtime.open_engine import check_engine, open_engine
 
-            check_engine(engine_dir)  # on all ranks, before the first one takes its time over data sets
-        if leader:
-            _lead(program, asked)
-        elif engine_dir is not None:
-            open_engine(engine_dir).follow()
-    except SystemExit as end:  # the harness's parser has spoken already
-        ctx.exit(end.code if isinstance(end.code, int) else bool(end.code))
+        check_engine(engine_dir)  # on all ranks, before the first one takes its time over data sets
+    if leader:
+        _lead(program, asked)
+    elif engine_dir is not None:
+        open_engine(engine_dir).follow()
 
 
-def _parse(arguments: tuple[str, ...], *, quiet: bool) -> tuple[Any, Namespace]:
-    """The harness's command line, and what it makes of ``arguments``; it looks for them in ``sys.argv``."""
+def _harness(*, leader: bool) -> Any:
+    """The harness's own command line; raises :class:`RefusedError` where it is not installed."""
     try:
         from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
     except ImportError as error:
         raise RefusedError(
             f"The package lm-eval is not installed, or not the version that this program knows ({error}).",
             "pip install 'arctic-trt[eval]'",
         ) from None
-    program, before = HarnessCLI(), sys.argv
+    if leader:
+        setup_logging()
+    return HarnessCLI()
+
+
+def _parse(program: Any, arguments: tuple[str, ...], *, leader: bool) -> Namespace | None:
+    """What the harness makes of ``arguments``, for which it looks in ``sys.argv``; None if that was to print its help."""
+    said, before = io.StringIO(), sys.argv
     sys.argv = ["lm-eval", *arguments]
     try:
-        with _silence() if quiet else contextlib.nullcontext():
-            return program, program.parse_args()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(sys.stdout if leader else io.StringIO()):
+            return program.parse_args()  # type: ignore[no-any-return]
+    except SystemExit as end:
+        if end.code:
+            complaint = said.getvalue().strip().rpartition("error: ")[2]
+            raise UsageError(f"lm-eval: {complaint}.", "See arctic-trt lm_eval run --help.") from None
+        return None
     finally:
         sys.argv = before
 
@@ -93,7 +105,7 @@ def _engine_dir(asked: Namespace) -> Path | None:
         with _silence():  # it repeats all of it when it runs
             config = EvaluatorConfig.from_cli(asked)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise UsageError(f"lm-eval: {error}", "See arctic-trt lm_eval run --help.") from None
+        raise UsageError(f"lm-eval: {error}.", "See arctic-trt lm_eval run --help.") from None
     if config.model != MODEL:
         return None
     if "engine_dir" not in config.model_args:
@@ -103,14 +115,15 @@ def _engine_dir(asked: Namespace) -> Path | None:
 
 def _lead(program: Any, asked: Namespace) -> None:
     """Run the harness. After a failure the engine stays open, because the other ranks may be anywhere: the job has to end."""
-    from lm_eval.utils import setup_logging
-
     from arctic_trt.runtime.harness import ArcticTrtLM
 
     if find_launch(os.environ) is not None:
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of its bootstrap: a process that runs MPI must not fork
-    setup_logging()
-    program.execute(asked)
+    try:
+        program.execute(asked)
+    except SystemExit as end:
+        if end.code:
+            raise ArcticTrtError(f"lm-eval ended with exit code {end.code}, for the reason that it gave.") from None
     ArcticTrtLM.engines.close()
 
 

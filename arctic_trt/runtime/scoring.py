@@ -1,7 +1,7 @@
 """How likely an engine finds text that is there already.
 
-A sequence goes through the engine like any prompt, without its last token, which nothing follows. Of the logits a sum and a yes or
-no a sequence are kept, step by step, so that memory does not grow with the text.
+A sequence goes through the engine like any prompt, without its last token, which nothing follows. Of the logits a sum and a yes
+or no a sequence are kept, step by step, so that memory does not grow with the text.
 
 Legend: W positions of a step whose logits are wanted, V vocab.
 """
@@ -85,8 +85,8 @@ class Scorer:
 def _check(index: int, continuation: Continuation, limits: BuildConfig, vocab_size: int) -> None:
     if not 1 <= continuation.begin < len(continuation.tokens):
         raise UsageError(
-            f"Continuation {index} begins at token {continuation.begin} of {len(continuation.tokens)}, expected at least one token "
-            "before it and one in it."
+            f"Continuation {index} begins at token {continuation.begin} of {len(continuation.tokens)}, expected a token or more "
+            "before it, and one or more in it."
         )
     check_vocabulary(index, continuation.tokens, vocab_size)
     if len(continuation.context) > limits.max_input_len:

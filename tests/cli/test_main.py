@@ -115,7 +115,7 @@ def test_a_traceback_only_with_verbose(arctic_trt: Callable[..., Finished], tmp_
         assert "Traceback" in arctic_trt(*words, flag).err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"], ["lm_eval", "--help"]], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         "import sys; from arctic_trt.cli.main import run_cli; code = run_cli(sys.argv[1:]);"

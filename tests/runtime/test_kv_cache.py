@@ -42,3 +42,5 @@ def test_sequences_come_and_go() -> None:
     assert len(cache) == 2
     with pytest.raises(KeyError):
         cache.free(3)
+    cache.clear()
+    assert len(cache) == 0

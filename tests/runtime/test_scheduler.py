@@ -13,9 +13,15 @@ from arctic_trt.runtime.step import Step
 TOKEN = 7
 
 
-def request(index: int, prompt: int, output: int, *, prompt_logits: bool = False) -> Request:
-    ids = tuple(range(prompt))
-    return Request(index=index, prompt=ids, max_new_tokens=output, sampling=Sampling(), prompt_logits=prompt_logits)
+def request(index: int, prompt: int, output: int, *, prompt_logits: bool = False, logits_from: int = 0) -> Request:
+    return Request(
+        index=index,
+        prompt=tuple(range(prompt)),
+        max_new_tokens=output,
+        sampling=Sampling(),
+        prompt_logits=prompt_logits,
+        logits_from=logits_from,
+    )
 
 
 def play(scheduler: Scheduler) -> list[Step]:
@@ -74,6 +80,27 @@ def test_a_sequence_joins_as_soon_as_one_leaves() -> None:
     steps = play(Scheduler([request(0, 4, 1), request(1, 4, 3), request(2, 4, 2)], max_batch_size=2, max_num_tokens=100))
     assert [[chunk.sequence for chunk in step.chunks] for step in steps] == [[0, 1], [1, 2], [1, 2]]
     assert steps[1].freed == (0,)
+
+
+@given(st.integers(1, 40), st.data(), st.integers(1, 12), st.integers(1, 3))
+def test_prompt_logits_from_a_position_on(prompt: int, data: st.DataObject, tokens: int, output: int) -> None:
+    first = data.draw(st.integers(0, prompt - 1))
+    steps = play(
+        Scheduler([request(0, prompt, output, prompt_logits=True, logits_from=first)], max_batch_size=1, max_num_tokens=tokens)
+    )
+    wanted = [
+        position
+        for step in steps
+        for chunk in step.chunks
+        for position in range(chunk.start + chunk.logits_from, chunk.start + len(chunk.tokens))
+    ]
+    assert wanted == list(range(first, prompt + output - 1))
+    assert len(steps) == -(-prompt // tokens) + output - 1
+
+
+def test_a_prompt_whose_logits_nobody_wants_takes_no_share_of_them() -> None:
+    steps = play(Scheduler([request(0, 3000, 1, prompt_logits=True, logits_from=2500)], max_batch_size=1, max_num_tokens=4000))
+    assert [step.num_logits for step in steps] == [500]
 
 
 def test_prompt_logits_come_in_bounded_steps() -> None:
