@@ -26,7 +26,7 @@ from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
 from arctic_trt.runtime.open_engine import check_engine, open_engine
-from arctic_trt.runtime.requests import Request, find_end_ids
+from arctic_trt.runtime.requests import Request, check_vocabulary, find_end_ids
 from arctic_trt.runtime.sampler import Sampling, plan_sampling
 from arctic_trt.runtime.scoring import Continuation
 
@@ -170,6 +170,8 @@ class ArcticTrtLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to and without the first of the task's ``until``."""
         prompts = [self.tok_encode(request.args[0]) or [self._prefix] for request in requests]
+        for index, prompt in enumerate(prompts):
+            check_vocabulary(index, prompt, self._engine.vocab_size)
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)

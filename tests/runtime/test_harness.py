@@ -204,6 +204,17 @@ def test_a_prompt_is_cut_where_there_is_no_room(tiny: Model, caplog: pytest.LogC
         lm.generate_until(requests("generate_until", ("a", {"max_gen_toks": 30})), True)
 
 
+def test_a_tokenizer_of_another_model_is_noticed(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = open_model(tiny)
+    monkeypatch.setattr(lm._engine, "vocab_size", 270)
+    for ask in (
+        lambda: lm.generate_until(requests("generate_until", ("a", {}), ("the sea", {})), True),
+        lambda: lm.loglikelihood(requests("loglikelihood", ("a", " the sea")), True),
+    ):
+        with pytest.raises(UsageError, match=r"has token id \d+, expected 0 to 269"):
+            ask()
+
+
 @pytest.mark.parametrize(
     ("asked", "sampling"),
     [
