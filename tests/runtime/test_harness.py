@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate  # type: ignore[import-not-found]
@@ -28,18 +26,22 @@ from arctic_trt.runtime.harness import ArcticTrtLM, plan_continuation, plan_gene
 from arctic_trt.runtime.runner import RunOptions, run
 from arctic_trt.runtime.sampler import Sampling
 from tests.runtime.conftest import Model
-from tests.support.engines import complete, mpirun
+from tests.support.engines import Job, complete, mpirun
 from tests.support.harness_tasks import DIRECTORY, NAMES, rows, task
 
 TEXT = "the sea is there. " * 5
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def no_network() -> Iterator[None]:
     def connect(self: socket.socket, address: object) -> None:
         raise AssertionError(f"a test asks for {address}")
 
-    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -348,14 +350,17 @@ def test_a_chat_with_examples_as_turns(tiny: Model, data_sets: Path) -> None:
     assert sample["resps"][0][0][0] == pytest.approx(answer[0], abs=1e-4)
 
 
+def harness_job(ranks: int, tmp_path: Path, *words: object) -> Job:
+    environ = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return mpirun(ranks, "-m", "tests.support.few_tasks", *words, timeout_s=100, **environ)
+
+
 @pytest.mark.mpi
 def test_four_ranks_tell_the_same(tiny: Model, results: dict[str, Any], tmp_path: Path) -> None:
     engine = tiny.engine("tiny-tp4", tp_size=4)
     words = ["arctic_trt", "lm_eval", "--model", "arctic_trt", "--model_args", f"engine_dir={engine},tokenizer_dir={tiny.hf_dir}"]
     words += ["--tasks", ",".join(str(DIRECTORY / f"{name}.yaml") for name in NAMES), "--output_path", tmp_path, "--log_samples"]
-    job = mpirun(
-        4, "-m", "tests.support.few_tasks", *words, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1"
-    )
+    job = harness_job(4, tmp_path, *words)
     assert job.code == 0, job.err
     assert job.out.count("|arctic_choice|") == job.out.count("|arctic_text  |") == 1
     for name in NAMES:
@@ -381,9 +386,7 @@ def test_a_rank_that_fails_ends_the_job(tiny: Model, tmp_path: Path) -> None:
     engine = tiny.engine("tiny-tp2", tp_size=2)
     words = ["tests.support.faulty_run", "raise", "1", "lm_eval", "--model", "arctic_trt", "--model_args", f"engine_dir={engine}"]
     words += ["--tasks", DIRECTORY / "answer.yaml"]
-    job = mpirun(
-        2, "-m", "tests.support.few_tasks", *words, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1"
-    )
+    job = harness_job(2, tmp_path, *words)
     assert (job.code, job.out) == (1, "")
     assert re.findall(r"arctic-trt: error: (.*)", job.err) == [
         "rank 1: Unexpected ValueError: the fault of this test (-v shows where)."
