@@ -19,7 +19,10 @@ ALLOWED = {
     "engine": {"recipes", "checkpoint", "model", "launch", "machine"},
     "runtime": {"recipes", "checkpoint", "model", "engine", "quantize.fp8", "launch", "machine"},
     "triton": {"recipes", "checkpoint", "model", "engine", "runtime", "machine"},
-    "report": {"recipes", "checkpoint", "model", "engine", "runtime", "quantize", "launch", "machine"},
+    "report": {
+        *("recipes", "checkpoint", "model", "engine", "runtime", "quantize", "launch", "machine"),
+        *("output.gigabytes", "output.duration"),
+    },
     "checkpoint": {"model"},
     "model": set(),
     "recipes": set(),

@@ -26,10 +26,13 @@ logger = logging.getLogger(__name__)
 
 MARKER = ".arctic-trt-unfinished"
 JOURNAL = ".arctic-trt-journal"
+CARD = "README.md"
+CARD_MARK = "# Written by arctic-trt, which replaces this file. Remove this line to keep the file as it is."
+"""Second line of a model card of ours, a comment in its front matter; without it a README.md is somebody's own."""
 OWN_DIRECTORIES = ("report", "logs", JOURNAL)
 OWN_NAMES = re.compile(
     r"rank\d+\.safetensors|rank\d+\.engine|rank\d+_managed_weights\.safetensors|quant_cfg\.json|config\.json|build\.json|"
-    rf"logs/rank\d+\.log|report/[a-z_]+\.json|{re.escape(JOURNAL)}/[a-z0-9_.-]+|{re.escape(JOURNAL)}/rank\d+/[A-Za-z0-9_./-]+|"
+    rf"logs/rank\d+\.log|report/[a-z_]+\.(json|html|png)|{re.escape(JOURNAL)}/[a-z0-9_.-]+|{re.escape(JOURNAL)}/rank\d+/[A-Za-z0-9_./-]+|"
     + "|".join(re.escape(name) for name in tokenizer.FILES)
 )
 
@@ -210,10 +213,21 @@ def entries(path: Path) -> list[str]:
     return sorted(str(item.relative_to(path)) for item in path.rglob("*") if not item.is_dir())
 
 
-def is_own(name: str) -> bool:
-    """Whether a relative file name is one that checkpoints and engines consist of."""
+def is_own(path: Path, name: str) -> bool:
+    """Whether ``name``, a file in the directory ``path``, is one that checkpoints and engines consist of."""
+    if name == CARD:
+        return is_own_card(path / name)
     stem = name.removesuffix(PARTIAL)
-    return stem == MARKER or OWN_NAMES.fullmatch(stem) is not None
+    return stem in (MARKER, CARD) or OWN_NAMES.fullmatch(stem) is not None
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README.md is the model card that we wrote, and nobody has taken it over since."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [file.readline().rstrip(), file.readline().rstrip()] == ["---", CARD_MARK]
+    except (OSError, ValueError):
+        return False
 
 
 def check_occupied(path: Path, *, overwrite: bool) -> None:
@@ -223,7 +237,7 @@ def check_occupied(path: Path, *, overwrite: bool) -> None:
     present = [name for name in entries(path) if name != MARKER + PARTIAL] if path.exists() else []
     if MARKER in present:
         overwrite = True
-    foreign = [name for name in present if not is_own(name)]
+    foreign = [name for name in present if not is_own(path, name)]
     if foreign:
         raise RefusedError(
             f"{path} already holds {foreign[0]}, which is not part of a checkpoint or an engine.",
@@ -236,7 +250,9 @@ def check_occupied(path: Path, *, overwrite: bool) -> None:
 def check_space(path: Path, needed_bytes: int) -> None:
     """Refuse before starting when the disk cannot hold the output; what :func:`clear` would delete counts as free."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    own_bytes = sum((path / name).lstat().st_blocks * 512 for name in entries(path) if is_own(name)) if existing == path else 0
+    own_bytes = (
+        sum((path / name).lstat().st_blocks * 512 for name in entries(path) if is_own(path, name)) if existing == path else 0
+    )
     free = shutil.disk_usage(existing).free + own_bytes
     if free < needed_bytes:
         raise RefusedError(
@@ -246,9 +262,9 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 def clear(path: Path) -> None:
-    """Delete what :func:`is_own` names, except the marker; first the file that makes a directory count as complete."""
+    """Delete what :func:`is_own` tells, except the marker; first the file that makes a directory count as complete."""
     for name in sorted(entries(path), key=lambda name: name != "config.json"):
-        if name != MARKER and is_own(name):
+        if name != MARKER and is_own(path, name):
             (path / name).unlink()
         if name == "config.json":
             sync_directory(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from arctic_trt.cli.options import DIRECTORY, config_option, format_options, join_job, output_options
 from arctic_trt.cli.progress import LayerProgress
+from arctic_trt.cli.reporting import report_option, write_report
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -46,10 +48,11 @@ SHOWN_MODULES = 8
 @click.option("--memory_budget", metavar="SIZE", help="Most memory to take, like 8GiB.  [default: 70% of what is free]")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace a checkpoint that is already in --output_dir.")
 @click.option("--no_verify", is_flag=True, help="Do not check the structure of what was written.")
+@report_option
 @click.option("--dry_run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @config_option
 @output_options
-def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool, **flags: Any) -> None:
+def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool, no_report: bool, **flags: Any) -> None:
     """Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint, layer by layer in one pass.
 
     Started under mpirun or srun, or with --workers, several processes share the work; the result is the same bytes.
@@ -76,7 +79,7 @@ def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool,
         return
     if report:
         settle_output(plan)
-    report = team.broadcast(report)
+    finished = report = team.broadcast(report)
     if report:
         output.note(f"{recipe.output_dir} already holds exactly this checkpoint; nothing to do (--overwrite makes it again).")
     else:
@@ -84,19 +87,27 @@ def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool,
             report = run_quantization(plan, progress.layer_done, team, progress.begin)
     if team.rank == 0:
         _summarize(report, output)
-        if not no_verify:
-            _verify(recipe.output_dir, output)
+        _conclude(recipe.output_dir, output, check=not no_verify, draw=not no_report, finished=bool(finished))
 
 
-def _verify(output_dir: Path, output: Output) -> None:
-    """Look at the structure of what was written; the matrices are not read again."""
-    from arctic_trt.cli.verify import fail_if_wrong, show_findings
+def _conclude(output_dir: Path, output: Output, *, check: bool, draw: bool, finished: bool) -> None:
+    """Look at the structure of what was written, without reading the matrices again, and draw the report.
+
+    What was ``finished`` before keeps its report, which may tell of deeper verifications, if it has one.
+    """
+    from arctic_trt.cli.verify import fail_if_wrong, record_of, show_findings
+    from arctic_trt.report.page.write import PAGE
     from arctic_trt.report.verify.run import verify_structure
 
-    found = verify_structure(output_dir)
-    if not output.json_mode:
-        show_findings(found, output)
-    fail_if_wrong(found, output_dir)
+    began = time.perf_counter()
+    found = verify_structure(output_dir) if check else None
+    if draw and not (finished and (output_dir / PAGE).exists()):
+        seconds = time.perf_counter() - began
+        write_report(output_dir, output, **({"verify": record_of(found, output_dir, seconds, None, 0.0)} if found else {}))
+    if found:
+        if not output.json_mode:
+            show_findings(found, output)
+        fail_if_wrong(found, output_dir)
 
 
 def _announce(plan: QuantizePlan, output: Output) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from arctic_trt.cli.options import DIRECTORY, output_options
+from arctic_trt.cli.reporting import report_option, write_report
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -31,23 +32,33 @@ REFRESH_S = 0.5
 @click.option("--against", type=DIRECTORY, help="Of a checkpoint its Hugging Face original, of a torch engine its checkpoint.")
 @click.option("--sample", type=click.FloatRange(0, 1, min_open=True), help="Look at this share of the matrices.")
 @click.option("--full", is_flag=True, help="Look at all of them.  [default]")
+@report_option
 @output_options
-def command(output: Output, path: Path, against: Path | None, sample: float | None, full: bool) -> None:
+def command(output: Output, path: Path, against: Path | None, sample: float | None, full: bool, no_report: bool) -> None:
     """Check a checkpoint or an engine: files, names, shapes, scales, values; with --against every byte.
 
-    Needs no GPU, and memory for a few experts.
+    Needs no GPU, and memory for a few experts. What is found goes into a checkpoint's report too.
     """
     if sample is not None and full:
         raise click.UsageError("--sample and --full exclude each other.", click.get_current_context())
-    from arctic_trt.report.verify.run import verify
+    from arctic_trt.report.verify.run import is_checkpoint, verify
 
     began = time.perf_counter()
     found = verify(path, against, share=sample or 1.0, on_progress=_Progress(output, began))
     seconds = time.perf_counter() - began
-    output.result({**found.as_dict(), "path": str(path), "seconds": round(seconds, 3)})
+    record = record_of(found, path, seconds, against, sample or 1.0)
+    output.result({key: value for key, value in record.items() if key not in ("against", "share")})
     show_findings(found, output)
     _summarize(found, path, seconds, output)
+    if is_checkpoint(path) and not no_report:
+        write_report(path, output, verify=record)
     fail_if_wrong(found, path)
+
+
+def record_of(found: Verification, path: Path, seconds: float, against: Path | None, share: float) -> dict[str, Any]:
+    """What ``report/verify.json`` keeps; ``share`` is that of the matrices that were looked at."""
+    depth = {"against": str(against) if against else None, "share": share}
+    return {**depth, **found.as_dict(), "path": str(path), "seconds": round(seconds, 3)}
 
 
 class _Progress:

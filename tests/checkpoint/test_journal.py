@@ -62,11 +62,11 @@ def test_without_a_journal_there_are_no_records(tmp_path: Path) -> None:
     assert Journal(tmp_path / "nowhere").records() == []
 
 
-def test_every_file_of_a_journal_is_our_own(journal: Journal) -> None:
+def test_every_file_of_a_journal_is_our_own(journal: Journal, tmp_path: Path) -> None:
     commit(journal, 34)
     names = [path.name for path in journal.directory.iterdir()]
-    assert len(names) == 2 and all(is_own(f"{JOURNAL}/{name}") for name in (*names, "rows-123-7f00ab.partial"))
-    assert not is_own(f"{JOURNAL}/my/notes.txt") and not is_own(f"sub/{JOURNAL}/layer_0000.json")
+    assert len(names) == 2 and all(is_own(tmp_path, f"{JOURNAL}/{name}") for name in (*names, "rows-123-7f00ab.partial"))
+    assert not is_own(tmp_path, f"{JOURNAL}/my/notes.txt") and not is_own(tmp_path, f"sub/{JOURNAL}/layer_0000.json")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -64,6 +64,11 @@ def verify(
     return found
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a TensorRT-LLM checkpoint, as far as its files' names and its configuration's kind can tell."""
+    return (path / "config.json").is_file() and any(path.glob("rank*.safetensors")) and not _is_engine(path)
+
+
 def _is_engine(path: Path) -> bool:
     """Whether ``config.json`` is an engine's; one that cannot be read is the checkpoint's to report, as a finding."""
     try:
