@@ -169,6 +169,8 @@ def test_no_file_is_long() -> None:
         ("runtime", "arctic_trt.quantize.pipeline", False),
         ("quantize", "arctic_trt.engine", False),
         ("engine", "arctic_trt.output.Output", False),
+        ("report", "arctic_trt.output.gigabytes", True),
+        ("report", "arctic_trt.output.Output", False),
         ("checkpoint", "arctic_trt.quantize", False),
         ("model", "arctic_trt.checkpoint", False),
         ("model", "arctic_trt", False),

@@ -264,6 +264,7 @@ FROZEN_FLAGS = {
     "--memory_budget": "text",
     "--overwrite": "flag",
     "--no_verify": "flag",
+    "--no_report": "flag",
     "--dry_run": "flag",
     "--config": "file",
     "--json": "flag",

@@ -31,13 +31,13 @@ def damaged(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_what_is_right(arctic_trt: Run, checkpoint: Path, tiny_model: Path) -> None:
-    done = arctic_trt("verify", checkpoint, "--against", tiny_model, "--full")
+    done = arctic_trt("verify", checkpoint, "--against", tiny_model, "--full", "--no_report")
     assert done.code == 0 and "Verified" in done.out and "errors    0" in done.out
     assert "Most noise from quantization" in done.out and " dB" in done.out
 
 
 def test_what_is_wrong_ends_with_four_and_a_table(arctic_trt: Run, damaged: Path) -> None:
-    done = arctic_trt("verify", damaged)
+    done = arctic_trt("verify", damaged, "--no_report")
     assert done.code == 4 and "Findings" in done.out and "Not verified" in done.out
     name = "transformer.layers.1.attention.kv_cache_scaling_factor"
     assert f"missing  rank0.safetensors  rank0.safetensors lacks tensor {name}." in done.out
@@ -46,10 +46,10 @@ def test_what_is_wrong_ends_with_four_and_a_table(arctic_trt: Run, damaged: Path
 
 
 def test_json(arctic_trt: Run, checkpoint: Path, damaged: Path, tiny_model: Path) -> None:
-    good = json.loads(arctic_trt("verify", checkpoint, "--against", tiny_model, "--json").out)
+    good = json.loads(arctic_trt("verify", checkpoint, "--against", tiny_model, "--json", "--no_report").out)
     assert good["passed"] and good["findings"] == [] and len(good["worst"]) == 10
     assert list(good) == ["passed", "errors", "warnings", "findings", "worst", "tensors", "bytes_read", "path", "seconds"]
-    done = arctic_trt("verify", damaged, "--json")
+    done = arctic_trt("verify", damaged, "--json", "--no_report")
     bad = json.loads(done.out)
     assert done.code == 4 and not bad["passed"] and bad["errors"] == 4
     assert list(bad["findings"][0]) == ["severity", "kind", "file", "tensor", "sentence"]
@@ -58,7 +58,7 @@ def test_json(arctic_trt: Run, checkpoint: Path, damaged: Path, tiny_model: Path
 def test_many_findings_are_cut(arctic_trt: Run, checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     DAMAGES["config of twice the ranks"](copy, checkpoint)
-    done = arctic_trt("verify", copy)
+    done = arctic_trt("verify", copy, "--no_report")
     assert done.code == 4 and "Findings (20 of " in done.out and done.out.count("rank1.safetensors  ") <= 20
 
 

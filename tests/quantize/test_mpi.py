@@ -68,7 +68,7 @@ def argv_of(case: Case, path: Path, processes: int) -> list[str]:
     if case.spill:
         recipe["memory_budget"] = str(spilling_budget(recipe, processes))
     each = [(name, one) for name, value in recipe.items() for one in (value if isinstance(value, list) else [value])]
-    return ["quantize", *(word for name, value in each for word in (f"--{name}", str(value)))]
+    return ["quantize", "--no_report", *(word for name, value in each for word in (f"--{name}", str(value)))]
 
 
 def test_four_processes_write_the_bytes_of_one(tmp_path: Path) -> None:

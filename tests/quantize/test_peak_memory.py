@@ -46,7 +46,19 @@ def write_model(path: Path, num_experts: int, num_layers: int) -> int:
 def peak_of(model_dir: Path, samples: Path, output_dir: Path) -> int:
     words = ["--model_dir", model_dir, "--output_dir", output_dir, "--calib_dataset", samples, "--tp_size", 2, "--batch_size", 4]
     done = subprocess.run(
-        [sys.executable, "-S", "-c", MEASURE, sys.executable, "-m", "arctic_trt", "quantize", "-q", *map(str, words)],
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            MEASURE,
+            sys.executable,
+            "-m",
+            "arctic_trt",
+            "quantize",
+            "--no_report",
+            "-q",
+            *map(str, words),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -54,9 +54,12 @@ def tree(directory: Path) -> dict[str, bytes | None] | None:
     return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in sorted(directory.rglob("*"))}
 
 
+TIMED = ("quantize.json", "verify.json", "eval.json", "report.html")
+
+
 def lasting(directory: Path) -> dict[str, bytes | None]:
-    """:func:`tree` without the report, which holds the time that the run took."""
-    return {name: data for name, data in (tree(directory) or {}).items() if name != "report/quantize.json"}
+    """:func:`tree` without the records and the page, which hold the time that the runs took."""
+    return {name: data for name, data in (tree(directory) or {}).items() if not name.endswith(TIMED)}
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -73,12 +76,16 @@ def read_report(directory: Path) -> dict[str, Any]:
 
 @dataclass
 class Job:
-    """A quantize command line over files that a test may spoil; ``flags`` are added to it or replace what is there."""
+    """A quantize command line over files that a test may spoil; ``flags`` are added to it or replace what is there.
+
+    Nothing is drawn unless ``report``, since that takes longer than the rest.
+    """
 
     model_dir: Path
     calib: Path
     output_dir: Path
     flags: dict[str, object] = field(default_factory=dict)
+    report: bool = False
 
     def argv(self, *more: object) -> list[str]:
         flags = {
@@ -88,7 +95,8 @@ class Job:
             "--tp_size": 2,
             **self.flags,
         }
-        return ["quantize", *(str(word) for pair in flags.items() for word in pair), *map(str, more)]
+        drawn = [] if self.report else ["--no_report"]
+        return ["quantize", *(str(word) for pair in flags.items() for word in pair), *drawn, *map(str, more)]
 
     @property
     def index(self) -> Path:

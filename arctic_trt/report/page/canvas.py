@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from arctic_trt.errors import RefusedError
 from arctic_trt.report.page.theme import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ def _matplotlib() -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import matplotlib
-
+            try:
+                import matplotlib
+            except ImportError:
+                raise RefusedError("The package matplotlib is not installed.", "pip install matplotlib") from None
             yield matplotlib
     finally:
         logger.setLevel(level)

@@ -26,9 +26,13 @@ COVERAGE, SQNR, SCALES, HIDDEN_ERROR, SENSITIVITY = PICTURES = (
     "hidden_error",
     "sensitivity",
 )
+LIMIT = 1e30
+"""Larger numbers are not drawn: matplotlib's arithmetic would overflow, and they are no measurements."""
 HALF, FULL = 480, 1000
 """Widths: beside a table, and that of the page."""
 MANY_LAYERS = 16
+NOTICEABLE_DB = 6.0
+"""Colours of a heatmap of SQNR span this much at least, so that small differences look small."""
 NUMBERED_EXPERTS, SMALL_CELL = 16, 20
 TOP_UNITS = 16
 
@@ -62,10 +66,11 @@ def draw_sqnr(qualities: Sequence[SiteQuality], sites: Sequence[str]) -> Picture
     layers = 1 + max(quality.layer for quality in qualities)
     values = np.full((len(sites), layers), np.nan)
     for quality in qualities:
-        if math.isfinite(quality.min_db):
+        if _drawable(quality.min_db):
             values[sites.index(quality.site), quality.layer] = quality.min_db
     box = Box(max(HALF, min(FULL, 230 + 40 * layers)), 70 + 24 * len(sites), 120, 84)
-    ends = _range(values)
+    low, high = _range(values)
+    ends = min(low, high - NOTICEABLE_DB), high
 
     def draw(figure: Figure, axes: Axes, theme: Theme) -> None:
         shades = _heatmap(figure, axes, box, values, ends, (theme.warn, theme.low), theme.paper, unit=" dB")
@@ -74,7 +79,7 @@ def draw_sqnr(qualities: Sequence[SiteQuality], sites: Sequence[str]) -> Picture
         caption(axes, "signal to quantization noise of the worst matrix, dB", theme)
         _number(axes, theme, values, shades, "{:.1f}" if layers <= MANY_LAYERS else "{:.0f}")
 
-    alt = f"Heatmap of signal to quantization noise, {len(sites)} sites by {layers} layers, {ends[0]:.1f} to {ends[1]:.1f} dB."
+    alt = f"Heatmap of signal to quantization noise, {len(sites)} sites by {layers} layers, {low:.1f} to {high:.1f} dB."
     return picture(SQNR, alt, box, draw)
 
 
@@ -86,7 +91,7 @@ def draw_scales(scales: Mapping[str, Sequence[float]]) -> Picture:
         axes.set_yscale("log")
         lines = {}
         for (site, values), colour in zip(scales.items(), theme.series * len(scales), strict=False):
-            y = np.array([value if value > 0 and math.isfinite(value) else np.nan for value in values])
+            y = np.array([value if value > 0 and _drawable(value) else np.nan for value in values])
             axes.plot(y, color=colour, marker="o", markersize=_dot(y))
             lines[site] = colour, y
         _plain_log_ticks(axes)
@@ -100,7 +105,7 @@ def draw_scales(scales: Mapping[str, Sequence[float]]) -> Picture:
 def draw_hidden_error(errors: Sequence[float]) -> Picture:
     """How far the hidden states are from the reference's after each layer."""
     box = Box(HALF, 260, 52, 16)
-    y = np.array([100 * error if math.isfinite(error) else np.nan for error in errors])
+    y = np.array([100 * error if _drawable(error) else np.nan for error in errors])
 
     def draw(figure: Figure, axes: Axes, theme: Theme) -> None:
         axes.plot(y, color=theme.accent, marker="o", markersize=_dot(y))
@@ -116,7 +121,7 @@ def draw_hidden_error(errors: Sequence[float]) -> Picture:
 
 def draw_sensitivity(units: Sequence[Unit]) -> Picture:
     """The units that quantization hurts most, those that are kept in bf16 filled."""
-    shown = [unit for unit in units if math.isfinite(unit.kl)][:TOP_UNITS][::-1]
+    shown = [unit for unit in units if _drawable(unit.kl)][:TOP_UNITS][::-1]
     box = Box(HALF, 44 + 18 * len(shown), 148, 64, bottom=8)
 
     def draw(figure: Figure, axes: Axes, theme: Theme) -> None:
@@ -138,6 +143,10 @@ def draw_sensitivity(units: Sequence[Unit]) -> Picture:
 def name_unit(unit: Unit) -> str:
     """What a unit is called in pictures and tables."""
     return unit.site if unit.layer is None else f"layer {unit.layer} {unit.site}"
+
+
+def _drawable(value: float) -> bool:
+    return abs(value) < LIMIT  # and no NaN
 
 
 def _heatmap(

@@ -11,7 +11,7 @@ from arctic_trt.report.page.canvas import Picture
 from arctic_trt.report.page.coverage import Coverage, assess_coverage
 from arctic_trt.report.page.markup import Markup, join, pairs, table, tag
 from arctic_trt.report.page.records import Evaluation, Quantization, Records, Sensitivity, SiteQuality, Verification
-from arctic_trt.report.page.wording import agreement, change, depth, measuring, number, original
+from arctic_trt.report.page.wording import agreement, change, depth, measuring, number, original, plural
 
 SITES = tuple(row.trt.removesuffix(".weight") for row in LAYER if row.kind is Kind.QUANTIZED)
 KV_CACHE = "kv_cache"
@@ -167,7 +167,7 @@ def verification(records: Records) -> Drawn:
     if found is None:
         return _missing("Not verified.", measuring(records.name, original(records), "verify")), []
     outcome = tag("strong", "Passed", class_="good") if found.passed else tag("strong", "Failed", class_="bad")
-    text = f", with {found.errors} errors and {found.warnings} warnings. Looked at: {depth(found)}."
+    text = f", with {plural(found.errors, 'error')} and {plural(found.warnings, 'warning')}. Looked at: {depth(found)}."
     rows = [
         (tag("span", item.severity, class_=item.severity), item.kind, item.file, item.sentence)
         for item in found.findings[:SHOWN_FINDINGS]

@@ -47,7 +47,12 @@ def verdict(found: Verification | None) -> str:
     """One word or two."""
     if found is None:
         return "not verified"
-    return "passed" if found.passed else f"failed, {found.errors} error{'s' if found.errors != 1 else ''}"
+    return "passed" if found.passed else f"failed, {plural(found.errors, 'error')}"
+
+
+def plural(count: int, word: str) -> str:
+    """A count of things."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def worst_db(found: Verification | None) -> float | None:
