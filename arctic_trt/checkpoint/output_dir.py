@@ -32,7 +32,7 @@ CARD_MARK = "# Written by arctic-trt, which replaces this file. Remove this line
 OWN_DIRECTORIES = ("report", "logs", JOURNAL)
 OWN_NAMES = re.compile(
     r"rank\d+\.safetensors|rank\d+\.engine|rank\d+_managed_weights\.safetensors|quant_cfg\.json|config\.json|build\.json|"
-    rf"logs/rank\d+\.log|report/[a-z_]+\.(json|html|png)|{re.escape(JOURNAL)}/[a-z0-9_.-]+|{re.escape(JOURNAL)}/rank\d+/[A-Za-z0-9_./-]+|"
+    rf"logs/rank\d+\.log|report/[a-z_]+\.(json|html|png|yaml)|{re.escape(JOURNAL)}/[a-z0-9_.-]+|{re.escape(JOURNAL)}/rank\d+/[A-Za-z0-9_./-]+|"
     + "|".join(re.escape(name) for name in tokenizer.FILES)
 )
 

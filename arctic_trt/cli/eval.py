@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arctic_trt.cli.options import DIRECTORY, FILE, config_option, output_options
+from arctic_trt.cli.reporting import report_option, write_report
 from arctic_trt.output import Output, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ SHOWN_UNITS = 12
 @click.option("--recipe_file", type=FILE, help="Where the recipe goes.  [default: CKPT/report/sensitivity.yaml]")
 @click.option("--work_dir", type=DIRECTORY, help="Where unfinished work is kept.  [default: the user's cache]")
 @click.option("--memory_budget", metavar="SIZE", help="Most memory to take, like 8GiB.  [default: 70% of what is free]")
+@report_option
 @config_option
 @output_options
-def command(output: Output, path: Path, config: Path | None, sites: tuple[str, ...], **flags: Any) -> None:
+def command(output: Output, path: Path, config: Path | None, sites: tuple[str, ...], no_report: bool, **flags: Any) -> None:
     """Measure a model or a checkpoint on text: perplexity, and with --against its distance from the original.
 
     Weights are streamed layer by layer, as quantize does: no GPU, and memory for a few experts. FP8 is computed as the engine
@@ -64,6 +66,7 @@ def command(output: Output, path: Path, config: Path | None, sites: tuple[str, .
     recipe = resolve(EvaluateRecipe, {**flags, "path": path, "sites": sites or None}, config)
     from arctic_trt.report.evaluate.plan import plan_evaluation
     from arctic_trt.report.evaluate.run import evaluate
+    from arctic_trt.report.verify.run import is_checkpoint
 
     plan = plan_evaluation(recipe)
     try:
@@ -73,6 +76,8 @@ def command(output: Output, path: Path, config: Path | None, sites: tuple[str, .
         plan.close()
     output.result(result)
     _show(result, output)
+    if is_checkpoint(path) and not no_report:
+        write_report(path, output)
 
 
 def _announce(plan: EvaluationPlan, output: Output) -> None:

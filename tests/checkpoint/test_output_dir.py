@@ -23,7 +23,14 @@ def fill(path: Path, *names: str) -> Path:
     return path
 
 
-FINISHED = ("config.json", "rank0.safetensors", "rank11.safetensors", "report/quantize.json", "tokenizer.json")
+FINISHED = (
+    "config.json",
+    "rank0.safetensors",
+    "rank11.safetensors",
+    "report/quantize.json",
+    "report/sensitivity.yaml",
+    "tokenizer.json",
+)
 
 
 def test_leaving_normally_completes_the_directory(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from arctic_trt.report.page.records import read_records
 from tests.conftest import Finished
 from tests.support.jobs import quantize
 
@@ -29,7 +30,7 @@ def checkpoint(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_checkpoint_against_its_original(arctic_trt: Run, checkpoint: Path, tiny_model: Path, tiny_samples: Path) -> None:
-    done = arctic_trt("eval", checkpoint, "--against", tiny_model, "--data", tiny_samples)
+    done = arctic_trt("eval", checkpoint, "--against", tiny_model, "--data", tiny_samples, "--no_report")
     assert done.code == 0
     for word in (
         "Evaluated",
@@ -51,7 +52,9 @@ def test_a_model_alone(arctic_trt: Run, tiny_model: Path, tiny_samples: Path, ch
 
 
 def test_json_has_everything(arctic_trt: Run, checkpoint: Path, tiny_model: Path, tiny_samples: Path) -> None:
-    found = json.loads(arctic_trt("eval", checkpoint, "--against", tiny_model, "--data", tiny_samples, "--json").out)
+    found = json.loads(
+        arctic_trt("eval", checkpoint, "--against", tiny_model, "--data", tiny_samples, "--json", "--no_report").out
+    )
     assert list(found) == [
         *("path", "against", "data", "nll", "perplexity", "kl_mean", "kl_p99", "kl_max", "top1_agreement", "reference"),
         *("hidden_error", "sensitivity", "seconds", "peak_rss_bytes", "bytes_read", "resumed_layers", "hidden_states_on_disk"),
@@ -67,12 +70,17 @@ def test_a_sensitivity_says_what_to_do_next(arctic_trt: Run, checkpoint: Path, t
     assert f"arctic-trt quantize --config {recipe} --output_dir NEW" in done.out
     kept = {line.split()[1] for line in done.out.splitlines() if line.endswith("bf16")}
     assert kept == {"attention", "experts"}
+    records = read_records(checkpoint)
+    assert records.problems == () and records.evaluation and records.evaluation.sensitivity
+    page = (checkpoint / "report" / "report.html").read_text()
+    assert f"report: {checkpoint / 'report' / 'report.html'}" in done.err and f"{records.evaluation.perplexity:.4f}" in page
+    assert (checkpoint / "report" / "sensitivity.png").exists() and "perplexity |" in (checkpoint / "README.md").read_text()
 
 
 def test_flags_may_come_from_a_file(arctic_trt: Run, checkpoint: Path, tiny_samples: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "eval.yaml"
     recipe.write_text(f"data: {tiny_samples}\nnum_samples: 2\n")
-    found = json.loads(arctic_trt("eval", checkpoint, "--config", recipe, "--json").out)
+    found = json.loads(arctic_trt("eval", checkpoint, "--config", recipe, "--json", "--no_report").out)
     assert found["data"]["samples"] == 2
 
 

@@ -134,7 +134,7 @@ def draw_sensitivity(units: Sequence[Unit]) -> Picture:
         axes.set_xticks([])
         axes.spines[["bottom"]].set_visible(False)
         axes.margins(x=0, y=0.02)
-        caption(axes, "KL that the site alone causes, nats; filled: kept in bf16", theme)
+        caption(axes, "KL by site and layer, nats; filled: kept in bf16", theme)
 
     alt = f"Bars of the {len(shown)} most sensitive sites" + (f", first {name_unit(shown[-1])}." if shown else ".")
     return picture(SENSITIVITY, alt, box, draw)
@@ -142,7 +142,7 @@ def draw_sensitivity(units: Sequence[Unit]) -> Picture:
 
 def name_unit(unit: Unit) -> str:
     """What a unit is called in pictures and tables."""
-    return unit.site if unit.layer is None else f"layer {unit.layer} {unit.site}"
+    return f"{unit.site}, all layers" if unit.layer is None else f"layer {unit.layer} {unit.site}"
 
 
 def _drawable(value: float) -> bool:

@@ -141,7 +141,8 @@ def sensitivity(records: Records) -> Drawn:
             measuring(records.name, original(records), "eval", "--sensitivity"),
         ), []
     text = (
-        f"Each unit was quantized alone. The recipe {found.recipe} keeps {sum(unit.kept for unit in found.units)} of "
+        "Every kind of site was quantized alone over the whole model; its KL is spread over the layers by the error that each "
+        f"adds. The recipe {found.recipe} keeps {sum(unit.kept for unit in found.units)} of "
         f"{len(found.units)} units in bf16: {gigabytes(found.spent_bytes)} more, of at most {gigabytes(found.budget_bytes)}, "
         f"for a predicted KL of {number(found.predicted_kl)} nats."
     )
