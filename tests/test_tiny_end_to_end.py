@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +116,48 @@ def test_it_answers_in_a_chat(fp8_engine: Path) -> None:
     result = run(RunOptions(engine_dir=fp8_engine, max_output_len=60, input_text=("What is a mixture of experts?",), chat=True))
     assert result is not None
     assert "expert" in result.outputs[0].text
+
+
+def evaluate(checkpoint: Path, data: Path | str, *flags: str) -> dict[str, Any]:
+    words = ["eval", str(checkpoint), "--data", str(data), "--max_seq_length", str(HELD_OUT_TOKENS), "--no_report", "-q", *flags]
+    assert run_cli(words) == 0
+    report: dict[str, Any] = json.loads((checkpoint / "report" / "eval.json").read_text())
+    return report
+
+
+def test_the_evaluation_of_a_checkpoint_is_that_of_its_engine(work: Path, fp8_checkpoint: Path, fp8_perplexity: float) -> None:
+    ids = [row[row >= 0].tolist() for row in held_out_prompts(work / "prompts.npy")]
+    data = work / "heldout-ids.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    assert evaluate(fp8_checkpoint, data)["perplexity"] == pytest.approx(fp8_perplexity, rel=1e-3)
+
+
+def test_the_harness_finds_the_likelihoods_of_the_evaluation(work: Path, fp8_checkpoint: Path, fp8_engine: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
+
+    from arctic_trt.runtime.harness import ArcticTrtLM
+
+    texts = ["The future of AI is open. When the weights are open, everyone can learn from them.", "SELECT region, SUM(amount)"]
+    lm = ArcticTrtLM(str(fp8_engine))
+    try:
+        asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)]
+        found = lm.loglikelihood_rolling(asked, True)
+    finally:
+        ArcticTrtLM.engines.close()
+    for text, likelihood in zip(texts, found, strict=True):
+        data = work / "text.jsonl"
+        data.write_text(json.dumps({"text": text}) + "\n")
+        report = evaluate(fp8_checkpoint, data)
+        assert likelihood == pytest.approx(-report["nll"] * report["data"]["predicted_tokens"], rel=4e-3), "bf16 has 8 bits"
+
+
+def test_a_tenth_more_bytes_halve_what_fp8_costs(work: Path, fp8_checkpoint: Path) -> None:
+    samples = ["--against", str(MODEL), "--num_samples", "8"]
+    before = evaluate(fp8_checkpoint, "heldout", *samples, "--sensitivity", "--size_budget", "10%")
+    recipe = before["sensitivity"]["recipe"]
+    after = evaluate(quantize(work / "mixed", "--config", recipe), "heldout", *samples)
+    sizes = [(work / name / "rank0.safetensors").stat().st_size for name in ("fp8", "mixed")]
+    assert sizes[1] <= 1.1 * sizes[0]
+    assert after["kl_mean"] < 0.5 * before["kl_mean"]
+    assert after["kl_mean"] == pytest.approx(before["sensitivity"]["predicted_kl"], rel=0.5), "as was foretold"

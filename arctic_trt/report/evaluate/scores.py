@@ -41,7 +41,7 @@ def score(logits_TV: Tensor, target_T: Tensor, reference_TV: Tensor | None = Non
     if reference_TV is None:
         return Scores(nll_T)
     log_r_TV = F.log_softmax(reference_TV.float(), -1)
-    kl_T = (log_r_TV.double().exp() * (log_r_TV.double() - log_p_TV.double())).sum(-1).clamp_min(0)
+    kl_T = (log_r_TV.exp() * (log_r_TV - log_p_TV)).sum(-1, dtype=torch.float64).clamp_min(0)
     return Scores(nll_T, kl_T, (logits_TV.argmax(-1) == reference_TV.argmax(-1)).double())
 
 
