@@ -27,6 +27,8 @@ class Coverage:
 
     def summary(self) -> str:
         """One sentence."""
+        if not self.without + self.few:
+            return f"All {self.experts:,} experts saw at least a tenth of their layer's mean."
         return (
             f"{len(self.without)} of {self.experts:,} experts saw no token, "
             f"{len(self.few)} more saw fewer than a tenth of their layer's mean."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from arctic_trt.model.names import KV_CACHE_SCALE, LAYER, Kind, activation_scale
 from arctic_trt.output import duration, gigabytes
@@ -52,7 +53,7 @@ def noise(records: Records) -> Drawn:
     found = records.verification
     if found is None or not (found.sqnr or found.worst):
         return _missing("Signal to quantization noise: not measured.", measuring(records.name, original(records), "verify")), []
-    text = "Of each matrix: the energy of its weights over that of what the cast to FP8 changed. mlp are the routed experts."
+    text = "Of each matrix: the energy of its weights over that of what the cast to FP8 changed."
     if not found.sqnr:
         rows = [(quality.tensor, f"{quality.sqnr_db:.2f} dB") for quality in found.worst]
         return join(tag("p", text), tag("h3", "Matrices that lost most"), table(("tensor", "SQNR"), rows, numeric=(1,))), []
@@ -60,7 +61,7 @@ def noise(records: Records) -> Drawn:
     drawn = figures.draw_sqnr(found.sqnr, sites)
     by_site = [_site_row(site, [quality for quality in found.sqnr if quality.site == site]) for site in sites]
     summary = table(("site", "matrices", "mean", "worst", "worst in"), by_site, numeric=(1, 2, 3))
-    return join(tag("p", text), show(drawn), summary), [drawn]
+    return join(tag("p", text), show(drawn, "mlp are the routed experts."), summary), [drawn]
 
 
 def _site_row(site: str, qualities: Sequence[SiteQuality]) -> tuple[str, ...]:
@@ -79,18 +80,17 @@ def calibration(records: Records) -> Drawn:
         return tag("p", "Nothing was calibrated: this checkpoint holds no activation scales.", class_="missing"), []
     covered = assess_coverage(found.tokens)
     drawn = figures.draw_coverage(covered)
-    text = (
-        f"{found.calibration_samples} samples, {found.calibration_tokens:,} tokens. {covered.summary()} An expert "
-        "without tokens has no say in its layer's activation scales; more or other calibration text reaches it."
-    )
+    text = f"{found.calibration_samples} samples, {found.calibration_tokens:,} tokens. {covered.summary()}"
+    lacking = sorted(covered.without + covered.few, key=lambda at: found.tokens[at[0]][at[1]])
+    if not lacking:
+        return join(tag("p", text), show(drawn)), [drawn]
+    text += " An expert without tokens has no say in its layer's activation scales; more or other calibration text reaches it."
     legend = (
         "Crosses: no token. Rings: fewer than a tenth of the layer's mean, which the list gives too. The colours are logarithmic."
     )
-    lacking = sorted(covered.without + covered.few, key=lambda at: found.tokens[at[0]][at[1]])
     listed = tag("ul", [_lacking(covered, *at) for at in lacking[:SHOWN_EXPERTS]], class_="list")
     more = _cut(len(lacking), SHOWN_EXPERTS, "experts", "quantize.json")
-    few = join(tag("h3", "Under-covered experts"), listed, more) if lacking else Markup()
-    return join(tag("p", text), show(drawn, legend), few), [drawn]
+    return join(tag("p", text), show(drawn, legend), tag("h3", "Under-covered experts"), listed, more), [drawn]
 
 
 def _lacking(covered: Coverage, layer: int, expert: int) -> Markup:
@@ -108,8 +108,7 @@ def scales(records: Records) -> Drawn:
     drawn = figures.draw_scales(by_site)
     rows = []
     for site, values in by_site.items():
-        ordered = sorted(values)
-        rows.append((site, number(ordered[0]), number(ordered[len(ordered) // 2]), number(ordered[-1])))
+        rows.append((site, number(min(values)), number(median(values)), number(max(values))))
     text = (
         "The static scale with which the input of each site is divided before its cast: the largest magnitude that calibration "
         "saw, over 448. Larger inputs are clipped. The scale of the KV cache is at least 1."

@@ -15,6 +15,7 @@ def test_an_expert_without_tokens_and_one_with_few() -> None:
     assert (covered.without, covered.few) == ([(1, 0), (2, 0)], [(1, 1)]), "a tenth of the mean is enough"
     assert covered.experts == 12 and covered.mean(1) == 100
     assert covered.summary() == "2 of 12 experts saw no token, 1 more saw fewer than a tenth of their layer's mean."
+    assert assess_coverage([[1, 2]]).summary() == "All 2 experts saw at least a tenth of their layer's mean."
 
 
 @given(TABLES)
