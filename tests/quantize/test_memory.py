@@ -20,20 +20,9 @@ from arctic_trt.quantize.memory import (
     parse_size,
     plan_memory,
 )
-from tests.support.checkpoints import TINY
+from tests.support.checkpoints import FULL_SIZE
 
-ARCTIC = parse_config(
-    {
-        **TINY,
-        "hidden_size": 7168,
-        "num_hidden_layers": 35,
-        "num_attention_heads": 56,
-        "num_key_value_heads": 8,
-        "intermediate_size": 4864,
-        "num_local_experts": 128,
-        "vocab_size": 32000,
-    }
-)
+ARCTIC = parse_config(FULL_SIZE)
 GIB = 1 << 30
 TOKENS, BATCH, CORES = 128 * 512, 512, 2
 

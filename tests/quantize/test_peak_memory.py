@@ -43,22 +43,10 @@ def write_model(path: Path, num_experts: int, num_layers: int) -> int:
     return layout.total_bytes
 
 
-def peak_of(model_dir: Path, samples: Path, output_dir: Path) -> int:
-    words = ["--model_dir", model_dir, "--output_dir", output_dir, "--calib_dataset", samples, "--tp_size", 2, "--batch_size", 4]
+def measure(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run ``arctic-trt WORDS...``: stdout is its highest resident size, stderr all that it said."""
     done = subprocess.run(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            MEASURE,
-            sys.executable,
-            "-m",
-            "arctic_trt",
-            "quantize",
-            "--no_report",
-            "-q",
-            *map(str, words),
-        ],
+        [sys.executable, "-S", "-c", MEASURE, sys.executable, "-m", "arctic_trt", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -66,6 +54,12 @@ def peak_of(model_dir: Path, samples: Path, output_dir: Path) -> int:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def peak_of(model_dir: Path, samples: Path, output_dir: Path) -> int:
+    words = ["--model_dir", model_dir, "--output_dir", output_dir, "--calib_dataset", samples, "--tp_size", 2, "--batch_size", 4]
+    done = measure("quantize", "--no_report", "-q", *words)
     measured = int(done.stdout)
     report = json.loads((output_dir / "report" / "quantize.json").read_text())
     assert report["peak_rss_bytes"] == pytest.approx(measured, rel=0.02), "what it says of itself"

@@ -62,6 +62,17 @@ UNLIKE_TINY: Config = {
     "vocab_size": 1000,
 }
 
+FULL_SIZE: Config = {
+    **TINY,
+    "hidden_size": 7168,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "intermediate_size": 4864,
+    "num_local_experts": 128,
+    "vocab_size": 32000,
+}
+
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of these dimensions, written out once more, apart from the package's own table."""

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.quantize.test_peak_memory import CONSTANT_BYTES, MEASURE, ROOT, TOLERANCE, WIDTH, write_model
+from tests.quantize.test_peak_memory import CONSTANT_BYTES, TOLERANCE, WIDTH, measure, write_model
 from tests.support.checkpoints import random_ids, write_samples
 
 
 def peak_of(model_dir: Path, samples: Path, work_dir: Path) -> int:
     words = [model_dir, "--against", model_dir, "--data", samples, "--work_dir", work_dir, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", MEASURE, sys.executable, "-m", "arctic_trt", "eval", "-q", *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = measure("eval", "-q", *words)
     assert json.loads(done.stderr)["kl_max"] == 0.0, "the two sides are the same model"
     return int(done.stdout)
 

@@ -14,21 +14,10 @@ from arctic_trt.quantize.memory import MAX_DEPTH
 from arctic_trt.recipes import EvaluateRecipe
 from arctic_trt.report.evaluate.plan import EvaluationPlan, estimate_disk, estimate_peak, plan_evaluation, plan_memory, work_name
 from tests.report.evaluate.conftest import EVALUATED, LENGTHS
-from tests.support.checkpoints import TINY, random_checkpoint, write_samples
+from tests.support.checkpoints import FULL_SIZE, random_checkpoint, write_samples
 
 GIB = 1 << 30
-ARCTIC = parse_config(
-    {
-        **TINY,
-        "hidden_size": 7168,
-        "num_hidden_layers": 35,
-        "num_attention_heads": 56,
-        "num_key_value_heads": 8,
-        "intermediate_size": 4864,
-        "num_local_experts": 128,
-        "vocab_size": 32000,
-    }
-)
+ARCTIC = parse_config(FULL_SIZE)
 Plan = Callable[..., EvaluationPlan]
 
 
