@@ -7,6 +7,7 @@ while an expert's fused ``fc`` holds the linear projection's rows (w3) first and
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -83,6 +84,15 @@ def hf_layer(layer: int, suffix: str) -> str:
 def hf_expert(layer: int, expert: int, matrix: str) -> str:
     """Full Hugging Face name of an expert's ``w1``, ``w2`` or ``w3``."""
     return hf_layer(layer, f"block_sparse_moe.experts.{expert}.{matrix}.weight")
+
+
+def site_of(hf_name: str) -> tuple[int, str]:
+    """(layer, TensorRT-LLM's module) of a layer's Hugging Face tensor, all experts being one: ``(3, "mlp.fc")``."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", hf_name)
+    if not found:
+        raise ValueError(f"{hf_name} is no tensor of a layer")
+    suffix = re.sub(r"(?<=\.experts\.)\d+", "{e}", found[2])
+    return int(found[1]), next(row.trt.removesuffix(".weight") for row in LAYER if suffix in row.hf)
 
 
 def trt_layer(local_layer: int, suffix: str) -> str:

@@ -18,6 +18,7 @@ from arctic_trt.model.names import (
     hf_expert,
     hf_layer,
     hf_shapes,
+    site_of,
     weight_scale,
 )
 from tests.support.checkpoints import TINY, UNLIKE_TINY, Config, shapes_of
@@ -75,3 +76,28 @@ def test_names_are_spelled_as_both_sides_spell_them() -> None:
     assert hf_expert(3, 17, "w2") == "model.layers.3.block_sparse_moe.experts.17.w2.weight"
     assert weight_scale("mlp.fc.weight") == "mlp.fc.weights_scaling_factor"
     assert activation_scale("mlp.fc.weight") == "mlp.fc.activation_scaling_factor"
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("model.layers.3.block_sparse_moe.experts.17.w1.weight", (3, "mlp.fc")),
+        ("model.layers.3.block_sparse_moe.experts.0.w2.weight", (3, "mlp.proj")),
+        ("model.layers.34.self_attn.v_proj.weight", (34, "attention.qkv")),
+        ("model.layers.0.self_attn.o_proj.weight", (0, "attention.dense")),
+        ("model.layers.0.residual_mlp.w3.weight", (0, "residual_mlp.gate")),
+    ],
+)
+def test_the_site_of_a_tensor(name: str, site: tuple[int, str]) -> None:
+    assert site_of(name) == site
+
+
+def test_what_is_in_no_layer_has_no_site() -> None:
+    with pytest.raises(ValueError, match=r"lm_head\.weight is no tensor of a layer"):
+        site_of("lm_head.weight")
+
+
+def test_every_tensor_of_a_layer_has_a_site() -> None:
+    config = parse_config(TINY)
+    sites = {site_of(name) for name in hf_shapes(config) if name.startswith("model.layers.")}
+    assert sites == {(layer, row.trt.removesuffix(".weight")) for layer in range(2) for row in LAYER}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from arctic_trt.model.names import site_of
 
 ERROR, WARNING = "error", "warning"
 
@@ -71,6 +74,17 @@ class Verification:
         """The matrices that lost most."""
         return sorted(self.qualities, key=lambda quality: (quality.sqnr_db, quality.tensor))[:count]
 
+    def by_site(self) -> list[dict[str, Any]]:
+        """The noise of every site in every layer: the worst of its ``count`` matrices and their mean, in dB."""
+        sites: dict[tuple[int, str], list[float]] = {}
+        for quality in self.qualities:
+            if math.isfinite(quality.sqnr_db):  # a matrix that e4m3 represents exactly has no noise
+                sites.setdefault(site_of(quality.tensor), []).append(quality.sqnr_db)
+        return [
+            {"layer": layer, "site": site, "min_db": min(found), "mean_db": sum(found) / len(found), "count": len(found)}
+            for (layer, site), found in sorted(sites.items())
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``; findings are ordered, errors first."""
         ordered = sorted(self.findings, key=lambda finding: (finding.severity, finding.file, finding.tensor, finding.kind))
@@ -80,6 +94,7 @@ class Verification:
             "warnings": len(self.findings) - len(self.errors),
             "findings": [asdict(finding) for finding in ordered],
             "worst": [asdict(quality) for quality in self.worst()],
+            "sqnr": self.by_site(),
             "tensors": self.tensors,
             "bytes_read": self.bytes_read,
         }

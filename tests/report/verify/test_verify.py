@@ -62,6 +62,14 @@ def test_nothing_is_found_in_what_is_right(checkpoints: tuple[Path, Path], tiny_
         assert found.findings == [] and found.passed
     found = verify(checkpoints[0], tiny_model)
     assert len(found.qualities) == 2 * (7 + 3 * 8) and 25 < found.worst(1)[0].sqnr_db < 40
+    sites = found.as_dict()["sqnr"]
+    assert len(sites) == 2 * 7 and sum(site["count"] for site in sites) == len(found.qualities)
+    assert all(25 < site["min_db"] <= site["mean_db"] < 40 for site in sites)
+    assert min(site["min_db"] for site in sites) == found.worst(1)[0].sqnr_db
+    assert {site["site"]: site["count"] for site in sites if site["layer"] == 1} == {
+        **{"attention.qkv": 3, "attention.dense": 1, "mlp.fc": 16, "mlp.proj": 8},
+        **{"residual_mlp.fc": 1, "residual_mlp.gate": 1, "residual_mlp.proj": 1},
+    }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
