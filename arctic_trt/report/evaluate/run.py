@@ -46,7 +46,7 @@ def describe(plan: EvaluationPlan, found: Evaluation) -> dict[str, Any]:
         "path": str(plan.subject.path),
         "against": str(plan.recipe.against) if plan.recipe.against else None,
         "data": {
-            "path": str(plan.data),
+            "path": plan.recipe.data,
             "samples": len(plan.samples),
             "tokens": plan.num_tokens,
             "predicted_tokens": plan.num_tokens - len(plan.samples),
