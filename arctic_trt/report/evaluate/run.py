@@ -10,8 +10,8 @@ import yaml
 
 from arctic_trt import __version__
 from arctic_trt.checkpoint.contract import read_json
-from arctic_trt.checkpoint.output_dir import named_errors, write_bytes, write_json
-from arctic_trt.errors import ArcticTrtError
+from arctic_trt.checkpoint.output_dir import named_errors, write_bytes
+from arctic_trt.errors import RefusedError
 from arctic_trt.quantize.meter import Meter
 from arctic_trt.report.evaluate.job import Evaluation, OnLayer, run_evaluation
 from arctic_trt.report.evaluate.lanes import CANDIDATE, REFERENCE, SITES
@@ -19,8 +19,9 @@ from arctic_trt.report.evaluate.plan import EvaluationPlan
 from arctic_trt.report.evaluate.scores import summarize
 from arctic_trt.report.evaluate.sensitivity import choose_units, extra_bytes, find_units, plan_recipe
 from arctic_trt.report.evaluate.sources import CheckpointSource
+from arctic_trt.report.page.write import save_record
 
-EVAL_REPORT, SENSITIVITY_RECIPE = "report/eval.json", "report/sensitivity.yaml"
+SENSITIVITY_RECIPE = "report/sensitivity.yaml"
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +32,7 @@ def evaluate(plan: EvaluationPlan, on_layer: OnLayer = lambda done: None) -> dic
     def keep(found: Evaluation) -> None:
         result.update(describe(plan, found))
         if isinstance(plan.subject, CheckpointSource):
-            _save(plan.subject.path / EVAL_REPORT, result)
+            _save(plan.subject.path, result)
 
     run_evaluation(plan, on_layer, keep)
     return result
@@ -93,11 +94,10 @@ def _recorded(checkpoint_dir: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _save(path: Path, result: dict[str, Any]) -> None:
+def _save(checkpoint_dir: Path, result: dict[str, Any]) -> None:
     """Write ``result`` beside the checkpoint; where that cannot be written to, say so and go on: the numbers are on stdout."""
     try:
-        with named_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, result)
-    except ArcticTrtError as error:
-        logger.warning("%s The result is not kept there.", error.message)
+        save_record(checkpoint_dir, "eval", result)
+    except (OSError, RefusedError) as error:
+        reason = error.message if isinstance(error, RefusedError) else f"{error.strerror}."
+        logger.warning("%s is not written: %s", checkpoint_dir / "report" / "eval.json", reason)

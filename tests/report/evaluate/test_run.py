@@ -69,10 +69,10 @@ def test_a_checkpoint_that_cannot_be_written_to(
     def refuse(path: Path, *_: object) -> None:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("arctic_trt.report.evaluate.run.write_json", refuse)
+    monkeypatch.setattr("arctic_trt.report.evaluate.run.save_record", refuse)
     with caplog.at_level(logging.WARNING, "arctic_trt"):
         assert result(checkpoint)["perplexity"]
-    assert "eval.json cannot be written: Read-only file system. The result is not kept there." in caplog.text
+    assert "eval.json is not written: Read-only file system." in caplog.text
 
 
 def test_a_sensitivity(result: Make, checkpoint: Path, model: Path, data: Path) -> None:
