@@ -12,7 +12,15 @@ from arctic_trt.errors import ArcticTrtError, RefusedError, UsageError
 from arctic_trt.model.config import parse_config
 from arctic_trt.quantize.memory import MAX_DEPTH
 from arctic_trt.recipes import EvaluateRecipe
-from arctic_trt.report.evaluate.plan import EvaluationPlan, estimate_disk, estimate_peak, plan_evaluation, plan_memory, work_name
+from arctic_trt.report.evaluate.plan import (
+    SCORED_ROWS,
+    EvaluationPlan,
+    estimate_disk,
+    estimate_peak,
+    plan_evaluation,
+    plan_memory,
+    work_name,
+)
 from tests.report.evaluate.conftest import EVALUATED, LENGTHS
 from tests.support.checkpoints import FULL_SIZE, random_checkpoint, write_samples
 
@@ -127,6 +135,10 @@ def test_memory_is_given_up_in_order() -> None:
 def test_the_whole_of_arctic_is_evaluated_on_24_gb() -> None:
     plan = memory(budget_bytes=16 * GIB, workers=2)
     assert plan.workers == 2 and plan.peak_bytes <= 16 * GIB
+
+
+def test_logits_come_in_blocks_that_the_allocator_gives_back() -> None:
+    assert SCORED_ROWS * ARCTIC.vocab_size * 4 > 32 << 20
 
 
 def test_hidden_states_on_disk() -> None:
