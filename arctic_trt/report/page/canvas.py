@@ -76,6 +76,7 @@ def _encode(rgba: bytes, size: tuple[int, int], paper: str) -> bytes:
     from PIL import Image
 
     image = Image.frombytes("RGBA", size, rgba).convert("RGB")
+    # an octree keeps colours that are rare, as those of a few marks are; a median cut does not
     image = image.quantize(PALETTE, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     palette = image.getpalette() or []
     at = 3 * image.tobytes()[0]  # the background became the mean of what is near it; it must be the page's
