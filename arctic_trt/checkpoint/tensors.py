@@ -28,6 +28,11 @@ PARTIAL = ".partial"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as uint8 [n]; a copy only where it is not contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack Buffer

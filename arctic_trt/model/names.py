@@ -65,6 +65,7 @@ LAYER = (
     Row("residual_mlp.proj.weight", ("residual_mlp.w2.weight",), Cut.COLUMNS, Kind.QUANTIZED),
 )  # fmt: skip
 
+LAYER_ROWS = {row.trt: row for row in LAYER}
 EMBEDDING = Row("transformer.vocab_embedding.weight", ("model.embed_tokens.weight",), Cut.VOCAB, Kind.BFLOAT16)
 FINAL_NORM = Row("transformer.ln_f.weight", ("model.norm.weight",), Cut.REPLICATED, Kind.BFLOAT16)
 LM_HEAD = Row("lm_head.weight", ("lm_head.weight",), Cut.VOCAB, Kind.BFLOAT16)

@@ -18,14 +18,12 @@ from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.checkpoint.writer import RankFiles
 from arctic_trt.errors import CheckpointError
 from arctic_trt.model.layer import EXPERT_FC, EXPERT_PROJ, AttentionWeights, DenseWeights, MlpWeights, on_device
-from arctic_trt.model.names import LAYER, hf_layer, weight_scale
+from arctic_trt.model.names import LAYER_ROWS, hf_layer, weight_scale
 from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.scales import GivenAmax, quantize_attention, quantize_mlp, scale_activations, scale_kv_cache, weight_amax
 from arctic_trt.quantize.stream import WeightStream, WorkPool
 from arctic_trt.quantize.team import Team
 from arctic_trt.quantize.token_pass import Contribution
-
-ROWS = {row.trt.removesuffix(".weight"): row for row in LAYER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +124,9 @@ class LayerPass:
         mlp, mlp_scales = quantize_mlp(dense.residual_mlp, hf_layer(layer, "residual_mlp"), self._fp8, given)
         self._scales |= attention_scales | mlp_scales
         attention, mlp = on_device(attention, "cpu"), on_device(mlp, "cpu")
-        self.files.write_qkv(layer, ROWS["attention.qkv"], attention)
-        for name, tensor in _plain(dense, attention, mlp).items():
-            self.files.write_plain(layer, ROWS[name], tensor.cpu())
+        self.files.write_qkv(layer, LAYER_ROWS["attention.qkv.weight"], attention)
+        for name, tensor in plain_tensors(dense, attention, mlp).items():
+            self.files.write_plain(layer, LAYER_ROWS[name], tensor.cpu())
 
     def _put_expert(self, layer: int, expert: int, weights: MlpWeights) -> None:
         """Cast and write one expert."""
@@ -136,7 +134,8 @@ class LayerPass:
         weights, scales = quantize_mlp(weights, prefix, self._fp8, self._given.weights, expert=True)
         for name, scale in scales.items():
             self._expert_scales[name][expert] = scale
-        self.files.write_expert(layer, expert, ROWS["mlp.fc"], ROWS["mlp.proj"], on_device(weights, "cpu"))
+        fc, proj = LAYER_ROWS["mlp.fc.weight"], LAYER_ROWS["mlp.proj.weight"]
+        self.files.write_expert(layer, expert, fc, proj, on_device(weights, "cpu"))
 
     def _write_scales(self, layer: int, observed: dict[str, Tensor]) -> None:
         for name, values in self._expert_scales.items():
@@ -149,16 +148,17 @@ class LayerPass:
                 self.files.write_scale(layer, suffix, scale)
 
 
-def _plain(dense: DenseWeights, attention: AttentionWeights, mlp: MlpWeights) -> dict[str, Tensor]:
+def plain_tensors(dense: DenseWeights, attention: AttentionWeights, mlp: MlpWeights) -> dict[str, Tensor]:
+    """What a layer has that comes from one Hugging Face tensor, by TensorRT-LLM name; matrices from ``attention`` and ``mlp``."""
     return {
-        "attention.dense": attention.o,
-        "residual_mlp.fc": mlp.w1,
-        "residual_mlp.gate": mlp.w3,
-        "residual_mlp.proj": mlp.w2,
-        "input_layernorm": dense.input_layernorm,
-        "post_layernorm": dense.post_attention_layernorm,
-        "residual_layernorm": dense.residual_layernorm,
-        "mlp.router": dense.gate,
+        "attention.dense.weight": attention.o,
+        "residual_mlp.fc.weight": mlp.w1,
+        "residual_mlp.gate.weight": mlp.w3,
+        "residual_mlp.proj.weight": mlp.w2,
+        "input_layernorm.weight": dense.input_layernorm,
+        "post_layernorm.weight": dense.post_attention_layernorm,
+        "residual_layernorm.weight": dense.residual_layernorm,
+        "mlp.router.weight": dense.gate,
     }
 
 

@@ -13,6 +13,7 @@ from arctic_trt.checkpoint.contract import read_json
 from arctic_trt.checkpoint.output_dir import named_errors, write_bytes
 from arctic_trt.errors import RefusedError
 from arctic_trt.quantize.meter import Meter
+from arctic_trt.quantize.pipeline import REPORT
 from arctic_trt.report.evaluate.job import Evaluation, OnLayer, run_evaluation
 from arctic_trt.report.evaluate.lanes import CANDIDATE, REFERENCE, SITES
 from arctic_trt.report.evaluate.plan import EvaluationPlan
@@ -86,7 +87,7 @@ def _sensitivity(plan: EvaluationPlan, found: Evaluation, total_kl: float) -> di
 
 def _recorded(checkpoint_dir: Path) -> dict[str, Any]:
     """The recipe that the checkpoint was made by, if its report tells."""
-    path = checkpoint_dir / "report" / "quantize.json"
+    path = checkpoint_dir / REPORT
     if not path.is_file():
         logger.warning("%s does not exist: the new recipe calibrates with the default data.", path)
         return {}

@@ -17,14 +17,15 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, plan_config, plan_rank, rank_file
 from arctic_trt.checkpoint.exclusion import matches
 from arctic_trt.checkpoint.output_dir import MARKER
-from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, describe
+from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, flat_bytes
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping, Rank
 from arctic_trt.model.names import KV_CACHE_SCALE, LAYER, LM_HEAD, Cut, Kind, activation_scale, trt_layer, weight_scale
+from arctic_trt.quantize.pipeline import REPORT
 from arctic_trt.report.verify.findings import Verification
+from arctic_trt.report.verify.headers import open_rank_file
 
-REPORT = "report/quantize.json"
 OTHERS_MAY_DIFFER = ("logits_dtype", "exclude_modules")
 """What other producers of checkpoints choose differently, and TensorRT-LLM accepts."""
 OUTLIER = 64.0
@@ -68,7 +69,9 @@ def open_checkpoint(path: Path, found: Verification) -> OpenCheckpoint | None:
     checkpoint = OpenCheckpoint(path, config, mapping, quant)
     _check_files(checkpoint, found)
     for rank in mapping.ranks():
-        _open_rank(checkpoint, rank, found)
+        file = open_rank_file(path / rank_file(rank.index), plan_rank(config, rank, quant), found)
+        if file:
+            checkpoint.files[rank.index] = file
     return checkpoint
 
 
@@ -104,28 +107,6 @@ def _check_files(checkpoint: OpenCheckpoint, found: Verification) -> None:
             found.error("file", item.name, "", f"{item.name} is a file that was never finished.")
         if item.name == MARKER:
             found.error("file", item.name, "", f"{item.name} marks unfinished work: the checkpoint is not complete.")
-
-
-def _open_rank(checkpoint: OpenCheckpoint, rank: Rank, found: Verification) -> None:
-    name = rank_file(rank.index)
-    try:
-        file = TensorFile(checkpoint.path / name)
-    except ArcticTrtError as error:
-        found.error("file", name, "", error.message)
-        return
-    wanted = {spec.name: spec for spec in plan_rank(checkpoint.config, rank, checkpoint.quant)}
-    wrong = set()
-    for tensor in sorted(wanted.keys() ^ file.tensors.keys()):
-        verb, kind = ("lacks", "missing") if tensor in wanted else ("holds the unexpected", "extra")
-        found.error(kind, name, tensor, f"{name} {verb} tensor {tensor}.")
-    for tensor in wanted.keys() & file.tensors.keys():
-        is_, spec = file.tensors[tensor].spec, wanted[tensor]
-        if is_ != spec:
-            wrong.add(tensor)
-            sentence = f"{tensor} is {is_.dtype} {describe(is_.shape)}, expected {spec.dtype} {describe(spec.shape)}."
-            found.error("shape" if is_.dtype == spec.dtype else "dtype", name, tensor, sentence)
-    file.tensors = {tensor: stored for tensor, stored in file.tensors.items() if tensor in wanted and tensor not in wrong}
-    checkpoint.files[rank.index] = file
 
 
 def check_structure(checkpoint: OpenCheckpoint, found: Verification) -> None:
@@ -166,7 +147,7 @@ def _check_equal(checkpoint: OpenCheckpoint, name: str, ranks: list[Rank], found
     first = checkpoint.files[holders[0].index].read(name)
     _check_numbers(name, first, rank_file(holders[0].index), found)
     for rank in holders[1:]:
-        if not _bytes(checkpoint.files[rank.index].read(name)).equal(_bytes(first)):
+        if not flat_bytes(checkpoint.files[rank.index].read(name)).equal(flat_bytes(first)):
             file = rank_file(rank.index)
             sentence = f"{name} differs between {rank_file(holders[0].index)} and {file}, which must hold the same."
             found.error("replica", file, name, sentence)
@@ -253,7 +234,3 @@ def _check_report(checkpoint: OpenCheckpoint, scales: dict[str, dict[int, tuple[
             if stored.numel() == 1 and float(stored) != value:
                 name = f"layer {layer} {suffix}"
                 found.error("scale", file, name, f"{name} is {float(stored)!r}, {REPORT} says {value!r}.")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

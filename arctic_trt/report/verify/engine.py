@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arctic_trt.checkpoint.contract import rank_file
-from arctic_trt.checkpoint.tensors import TensorFile, describe
+from arctic_trt.checkpoint.tensors import TensorFile, flat_bytes
 from arctic_trt.checkpoint.trtllm import TrtCheckpoint
 from arctic_trt.engine.config import EngineConfig
 from arctic_trt.engine.tensorrt_llm.checks import read_engine_facts
@@ -19,6 +19,7 @@ from arctic_trt.engine.torch.build import repack
 from arctic_trt.engine.torch.format import EngineTensor, plan_engine_tensors
 from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.report.verify.findings import Verification
+from arctic_trt.report.verify.headers import open_rank_file
 from arctic_trt.report.verify.values import NAN, Work, chosen, problem_of
 
 Files = dict[int, TensorFile]
@@ -45,24 +46,10 @@ def check_torch_engine(path: Path, engine: EngineConfig, found: Verification) ->
     config, mapping, quant = engine.network("config.json")
     files: Files = {}
     for rank in mapping.ranks():
-        name = rank_file(rank.index)
-        try:
-            file = TensorFile(path / name)
-        except ArcticTrtError as error:
-            found.error("file", name, "", error.message)
-            continue
-        wanted = {tensor.spec.name: tensor.spec for tensor in plan_engine_tensors(config, rank, quant)}
-        for tensor in sorted(wanted.keys() ^ file.tensors.keys()):
-            kind = "missing" if tensor in wanted else "extra"
-            found.error(kind, name, tensor, f"{name} {'lacks' if kind == 'missing' else 'holds the unexpected'} tensor {tensor}.")
-        for tensor in sorted(wanted.keys() & file.tensors.keys()):
-            is_, spec = file.tensors[tensor].spec, wanted[tensor]
-            if is_ != spec:
-                sentence = f"{tensor} is {is_.dtype} {describe(is_.shape)}, expected {spec.dtype} {describe(spec.shape)}."
-                found.error("shape", name, tensor, sentence)
-        same = {tensor for tensor in wanted.keys() & file.tensors.keys() if file.tensors[tensor].spec == wanted[tensor]}
-        file.tensors = {tensor: stored for tensor, stored in file.tensors.items() if tensor in same}
-        files[rank.index] = file
+        plan = (tensor.spec for tensor in plan_engine_tensors(config, rank, quant))
+        file = open_rank_file(path / rank_file(rank.index), plan, found)
+        if file:
+            files[rank.index] = file
     return files
 
 
@@ -91,7 +78,7 @@ def _check_tensor(file: TensorFile, tensor: EngineTensor, source: TensorFile | N
     if source is not None:
         expected = _Collected()
         repack(tensor, source, expected)  # type: ignore[arg-type]  # it only writes
-        if not torch.cat(expected.parts).equal(values.contiguous().view(-1).view(torch.uint8)):
+        if not torch.cat(expected.parts).equal(flat_bytes(values)):
             found.error("payload", file.path.name, name, f"{name} is not what the checkpoint gives.")
     found.count(1, values.nbytes)
 
@@ -103,4 +90,4 @@ class _Collected:
         self.parts: list[Tensor] = []
 
     def write(self, name: str, tensor: Tensor, part: int = 0) -> None:
-        self.parts.append(tensor.contiguous().view(-1).view(torch.uint8))
+        self.parts.append(flat_bytes(tensor))

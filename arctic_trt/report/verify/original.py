@@ -11,22 +11,22 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from arctic_trt.checkpoint.contract import rank_file
 from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.checkpoint.shard import shard_expert_fc, shard_expert_proj, shard_plain, shard_qkv, shard_vocab
+from arctic_trt.checkpoint.tensors import flat_bytes
 from arctic_trt.model.layer import AttentionWeights, DenseWeights, MlpWeights
 from arctic_trt.model.mapping import Rank
-from arctic_trt.model.names import EMBEDDING, FINAL_NORM, LAYER, LM_HEAD, Cut, Kind, Row, hf_layer, trt_layer, weight_scale
+from arctic_trt.model.names import EMBEDDING, FINAL_NORM, LAYER_ROWS, LM_HEAD, Cut, Kind, Row, hf_layer, trt_layer, weight_scale
 from arctic_trt.quantize.fp8 import dequantize
+from arctic_trt.quantize.layer_pass import plain_tensors
 from arctic_trt.quantize.scales import quantize_attention, quantize_mlp
 from arctic_trt.report.verify.checkpoint import OpenCheckpoint
 from arctic_trt.report.verify.findings import Quality, Verification
 from arctic_trt.report.verify.values import NAN, Work, chosen, problem_of
 
-ROWS = {row.trt: row for row in LAYER}
 BLOCK_ELEMENTS, SAMPLED_BLOCKS = 1 << 14, 16
 
 
@@ -72,8 +72,8 @@ class Comparison:
         for rank in ranks:
             name = trt_layer(local, "attention.qkv.weight")
             self._compare(rank, name, shard_qkv(attention.q, attention.k, attention.v, rank, self.config))
-            for suffix, tensor in _plain(weights, attention, mlp).items():
-                row = ROWS[suffix]
+            for suffix, tensor in plain_tensors(weights, attention, mlp).items():
+                row = LAYER_ROWS[suffix]
                 stored = tensor.float() if row.kind is Kind.FLOAT32 else tensor
                 self._compare(rank, trt_layer(local, suffix), shard_plain(stored, row.cut, rank, self.config))
         before, after = _pairs(weights, attention, mlp)
@@ -112,8 +112,8 @@ class Comparison:
         file = self.checkpoint.files[rank.index]
         stored = file.read(name) if at is None else file.read_rows(name, at, at + 1)[0]
         self.found.count(0, stored.nbytes)
-        if not _bytes(stored).equal(_bytes(expected)):
-            count = int((_bytes(stored) != _bytes(expected)).sum())
+        if not flat_bytes(stored).equal(flat_bytes(expected)):
+            count = int((flat_bytes(stored) != flat_bytes(expected)).sum())
             where = name if at is None else f"{name}[{at}]"
             sentence = f"{where} differs in {count} of {stored.nbytes} bytes from the original, quantized and cut the same way."
             self.found.error("payload", rank_file(rank.index), name, sentence)
@@ -142,19 +142,6 @@ class Comparison:
         self.found.count(len(names), sum(tensor.nbytes for tensor in before), qualities)
 
 
-def _plain(weights: DenseWeights, attention: AttentionWeights, mlp: MlpWeights) -> dict[str, Tensor]:
-    return {
-        "attention.dense.weight": attention.o,
-        "residual_mlp.fc.weight": mlp.w1,
-        "residual_mlp.gate.weight": mlp.w3,
-        "residual_mlp.proj.weight": mlp.w2,
-        "input_layernorm.weight": weights.input_layernorm,
-        "post_layernorm.weight": weights.post_attention_layernorm,
-        "residual_layernorm.weight": weights.residual_layernorm,
-        "mlp.router.weight": weights.gate,
-    }
-
-
 def _pairs(weights: DenseWeights, attention: AttentionWeights, mlp: MlpWeights) -> tuple[list[Tensor], list[Tensor]]:
     """Matrices before and after the cast, in one order."""
     before, after = weights.attention, attention
@@ -175,7 +162,3 @@ def quality_of(name: str, original: Tensor, codes: Tensor, scale: Tensor) -> Qua
         signal += float(x.dot(x))
         noise += float(error.dot(error))
     return Quality(name, 10 * math.log10(signal / noise) if noise and signal else math.inf)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
