@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arctic_trt.checkpoint.digests import Parts
 from arctic_trt.checkpoint.header import StoredTensor, read_header
 from arctic_trt.checkpoint.layout import FileLayout, TensorSpec
 from arctic_trt.errors import ArcticTrtError, CheckpointError
@@ -96,6 +98,7 @@ class TensorFileWriter:
         self.layout = layout
         self.bytes_written = 0
         self.written: Counter[str] = Counter()
+        self._crcs: Parts = {}
         self._lock = threading.Lock()
         self._partial = path.with_name(path.name + PARTIAL)
         self._fd = -1
@@ -122,12 +125,20 @@ class TensorFileWriter:
         if TORCH_DTYPE[spec.dtype] != part.dtype or len(view) * (index + 1) > spec.num_bytes:
             raise ValueError(f"{name}: part {index} is {part.dtype} {tuple(part.shape)}, the file expects {spec}")
         self._pwrite(view, self.layout.offsets[name] + index * len(view))
+        crc = zlib.crc32(view)
         with self._lock:
             self.written[name] += len(view)
+            self._crcs.setdefault(name, {})[index] = crc
 
     def assume(self, name: str) -> None:
         """Count ``name`` as complete: an earlier run or another process wrote it."""
         self.written[name] = self.layout.specs[name].num_bytes
+
+    def take_crcs(self) -> Parts:
+        """CRC-32 of every part written since this was last asked."""
+        with self._lock:
+            crcs, self._crcs = self._crcs, {}
+        return crcs
 
     def sync(self) -> None:
         """Make what has been written so far durable."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from arctic_trt.checkpoint.contract import QuantFormat, plan_files, rank_file
+from arctic_trt.checkpoint.digests import Parts, tensor_crcs
 from arctic_trt.checkpoint.shard import shard_expert_fc, shard_expert_proj, shard_plain, shard_qkv
 from arctic_trt.checkpoint.tensors import TensorFileWriter
 from arctic_trt.model.config import ArcticConfig
@@ -93,6 +94,18 @@ class RankFiles:
     def written(self) -> list[dict[str, int]]:
         """Bytes of every tensor that this process has written or assumed, file by file."""
         return [dict(file.written) for file in self._files]
+
+    def take_crcs(self) -> list[Parts]:
+        """CRC-32 of every part that this process has written since this was last asked, file by file."""
+        return [file.take_crcs() for file in self._files]
+
+    def tensor_crcs(self, taken: list[list[Parts]]) -> dict[str, dict[str, str]]:
+        """CRC-32 of the tensors of each file from what all processes have :meth:`take_crcs`-en, which wrote all of them."""
+        crcs = {}
+        for index, file in enumerate(self._files):
+            num_bytes = {name: spec.num_bytes for name, spec in file.layout.specs.items()}
+            crcs[file.path.name] = tensor_crcs([parts[index] for parts in taken], num_bytes)
+        return {name: of_file for name, of_file in crcs.items() if of_file}
 
     def finish(self, written: list[list[dict[str, int]]]) -> None:
         """Give the files their names; ``written`` are :meth:`written` of all processes that took part."""

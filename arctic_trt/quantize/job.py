@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from arctic_trt import __version__
+from arctic_trt.checkpoint.contract import plan_config
 from arctic_trt.checkpoint.journal import Journal
 from arctic_trt.checkpoint.output_dir import OutputDir, named_errors, sync_directory
 from arctic_trt.checkpoint.writer import RankFiles
@@ -54,7 +55,8 @@ class QuantizeJob:
         self.meter = Meter(plan.source, self.files, plan.output_bytes, self.config.num_hidden_layers, len(self.records))
         self.pool = WorkPool(plan.workers)
         self._syncing = ThreadPoolExecutor(1, "sync")
-        self._committing: tuple[LayerSummary, int, Future[None]] | None = None
+        self._committing: tuple[LayerSummary, dict[str, Any], Future[None]] | None = None
+        self._digests: list[dict[str, dict[str, str]]] = [record["digests"] for record in self.records]
         batches = plan_batches(plan.samples, plan.recipe.batch_size)
         streaming = bool(batches) and plan.recipe.calibrator == "streaming"
         self.calibration = Calibration(batches, self.config, self._new_rows, team, plan.recipe.device) if streaming else None
@@ -129,7 +131,8 @@ class QuantizeJob:
         if self.calibration and self.team.rank == 0:
             state = self.journal.state(summary.layer)
             checksum = save_rows(self.calibration.hidden, self.calibration.num_tokens, state)
-        self._committing = (summary, checksum, self._syncing.submit(self._sync, summary.layer))
+        record = {"state": checksum, "summary": summary.as_dict(), "digests": self._take_digests()}
+        self._committing = (summary, record, self._syncing.submit(self._sync, summary.layer))
 
     def _sync(self, layer: int) -> None:
         self.files.sync(layer)
@@ -140,13 +143,26 @@ class QuantizeJob:
         """Wait until the layer's bytes are durable on every process, then record it."""
         if self._committing is None:
             return
-        summary, checksum, synced = self._committing
+        summary, record, synced = self._committing
         self._committing = None
         synced.result()
         self.team.barrier()
         if self.team.rank == 0:
-            self.journal.commit(summary.layer, {"state": checksum, "summary": summary.as_dict()})
+            self.journal.commit(summary.layer, record)
             self.out.keep = True
+
+    def _take_digests(self) -> dict[str, dict[str, str]]:
+        """Digests of what all processes have written since the last time: the tensors of one layer, and those around it."""
+        self._digests.append(self.files.tensor_crcs(self.team.gather(self.files.take_crcs())))
+        return self._digests[-1]
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Of each file, the CRC-32 of every tensor; after :meth:`run`, on all processes."""
+        merged: dict[str, dict[str, str]] = {}
+        for part in self._digests:
+            for file, crcs in part.items():
+                merged.setdefault(file, {}).update(crcs)
+        return {file: dict(sorted(merged[file].items())) for file in sorted(merged)}
 
     def _end(self) -> None:
         for row in (FINAL_NORM, LM_HEAD):
@@ -154,6 +170,7 @@ class QuantizeJob:
                 tensor = self.plan.source.read(row.hf[0])
                 weight_amax({row.hf[0]: tensor})
                 self.files.write_global(row, tensor, stage=self.plan.mapping.pp_size - 1)
+        self._take_digests()
         self.files.sync()
         written = self.team.gather(self.files.written())
         if self.team.rank == 0:
@@ -186,6 +203,8 @@ class QuantizeJob:
             "kv_heads_folded_from": fold.heads_in_file if fold else None,
             "tokens_per_expert": [list(s.tokens_per_expert) for s in summaries],
             "scales": [s.scales for s in summaries],
+            "expert_scales": [s.expert_scales for s in summaries],
+            "config": plan_config(self.config, plan.mapping, plan.quant),
             "recipe": plan.recipe.model_dump(mode="json"),
             "fingerprint": plan.fingerprint,
             "version": __version__,

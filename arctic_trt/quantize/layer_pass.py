@@ -25,14 +25,17 @@ from arctic_trt.quantize.stream import WeightStream, WorkPool
 from arctic_trt.quantize.team import Team
 from arctic_trt.quantize.token_pass import Contribution
 
+SCALE = weight_scale(".weight")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """What a layer's pass found out: tokens routed to each expert, and each scale that is a single number."""
+    """What a layer's pass found out: tokens routed to each expert, each scale that is a single number, and the experts' own."""
 
     layer: int
     tokens_per_expert: tuple[int, ...]
     scales: dict[str, float]
+    expert_scales: dict[str, list[float]]
 
     @property
     def experts_without_tokens(self) -> list[int]:
@@ -86,8 +89,9 @@ class LayerPass:
             observed = self._given.sites[layer]
         self.pool.drain()
         self._write_scales(layer, observed)
-        single = {suffix: scale.item() for suffix, scale in self._scales.items() if scale.numel() == 1}
-        return LayerSummary(layer, tuple(tokens), single)
+        single = {suffix: scale.item() for suffix, scale in self._scales.items()}
+        per_expert = {suffix.removesuffix(SCALE): scale_E1.flatten().tolist() for suffix, scale_E1 in self._expert_scales.items()}
+        return LayerSummary(layer, tuple(tokens), single, per_expert)
 
     def _pass_dense(self, layer: int) -> None:
         unit = self.stream.dense(layer)
@@ -138,13 +142,12 @@ class LayerPass:
         self.files.write_expert(layer, expert, fc, proj, on_device(weights, "cpu"))
 
     def _write_scales(self, layer: int, observed: dict[str, Tensor]) -> None:
-        for name, values in self._expert_scales.items():
-            self._scales[name] = self.team.sum(values)
+        self._expert_scales = {suffix: self.team.sum(scale_E1) for suffix, scale_E1 in self._expert_scales.items()}
         self._scales |= scale_activations(observed, self._fp8)
         if self.quant.kv_fp8:
             self._scales |= scale_kv_cache(observed, layer)
         if self.team.rank == 0:
-            for suffix, scale in self._scales.items():
+            for suffix, scale in (self._scales | self._expert_scales).items():
                 self.files.write_scale(layer, suffix, scale)
 
 

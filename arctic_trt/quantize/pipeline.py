@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from arctic_trt.checkpoint.contract import plan_config, rank_file, read_json
+from arctic_trt.checkpoint.contract import rank_file, read_json
+from arctic_trt.checkpoint.digests import DIGESTS, file_crc
 from arctic_trt.checkpoint.output_dir import OutputDir, check_space
 from arctic_trt.errors import RefusedError
 from arctic_trt.model import tokenizer
@@ -71,9 +72,11 @@ def run_quantization(
         on_start(job.meter)
         report = job.run()
         if team.rank == 0:
-            for name in tokenizer.FILES:
-                if (recipe.model_dir / name).is_file():
-                    out.copy(recipe.model_dir / name, name)
+            side_files = [name for name in tokenizer.FILES if (recipe.model_dir / name).is_file()]
+            for name in side_files:
+                out.copy(recipe.model_dir / name, name)
+            files = {name: file_crc(recipe.output_dir / name) for name in side_files}
+            out.write_json(DIGESTS, {"files": files, "tensors": job.digests()})
             out.write_json(REPORT, report)
-            out.write_json("config.json", plan_config(plan.source.config, plan.mapping, plan.quant))
+            out.write_json("config.json", report["config"])
     return report

@@ -46,7 +46,7 @@ def test_the_live_line_says_where_it_is() -> None:
     ("tokens", "experts"), [((9, 0, 4), "  experts 2/3 (min 0 tok)"), ((9, 5), "  experts 2/2 (min 5 tok)"), ((), "")]
 )
 def test_a_finished_layer_is_one_line(tokens: tuple[int, ...], experts: str) -> None:
-    assert layer_line(LayerSummary(10, tokens, {}), METER) == (  # type: ignore[arg-type]
+    assert layer_line(LayerSummary(10, tokens, {}, {}), METER) == (  # type: ignore[arg-type]
         f"layer 11/35  read 22.00 GB at 1.10 GB/s  written 11.00 GB at 550.00 MB/s{experts}  rss 3.10 GB  eta 48.0 s"
     )
 
@@ -60,7 +60,7 @@ def test_in_a_log_nothing_is_redrawn(capsys: pytest.CaptureFixture[str]) -> None
     with LayerProgress(Output(), 4) as shown:
         shown.begin(METER)  # type: ignore[arg-type]
         assert refreshers() == before
-        shown.layer_done(LayerSummary(10, (1,), {}), METER)  # type: ignore[arg-type]
+        shown.layer_done(LayerSummary(10, (1,), {}, {}), METER)  # type: ignore[arg-type]
     err = capsys.readouterr().err
     assert err.startswith("layer 11/35  read") and err.count("\n") == 1 and "\x1b" not in err
 

@@ -44,6 +44,7 @@ def test_a_run_writes_a_checkpoint_and_says_so(job: Job, arctic_trt: Callable[..
         "rank0.safetensors",
         "rank1.safetensors",
         "report",
+        "report/digests.json",
         "report/quantize.json",
     ]
     assert done.out.startswith("Quantized\n") and str(job.output_dir) in done.out

@@ -106,7 +106,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full(layered_job: Job, arctic_trt: ArcticTrt, small_disk: Path) -> None:
     """The rank files fit, and so does the state after the first layer; the second state does not."""
-    job, rows = layered_job, [40] * 20
+    job, rows = layered_job, [40] * 60
     write_samples(job.calib, random_ids(64, rows))
     assert arctic_trt(*job.argv()).code == 0
     expected, state_bytes = digests(job.output_dir), 2 * 32 * sum(rows)

@@ -98,7 +98,16 @@ def compare(name: str, case: Case, path: Path) -> None:
     done = 0 if case.die_after is None else case.die_after + 1
     assert (together["resumed_layers"], together["processes"]) == (done, RANKS), name
     assert together["hidden_states_on_disk"] is case.spill, name
-    for key in ("tokens_per_expert", "scales", "experts_without_tokens", "tensors", "calibration_tokens", "fingerprint"):
+    for key in (
+        "tokens_per_expert",
+        "scales",
+        "expert_scales",
+        "config",
+        "experts_without_tokens",
+        "tensors",
+        "calibration_tokens",
+        "fingerprint",
+    ):
         assert together[key] == alone[key], f"{name}: {key}"
     if not done:
         assert together["bytes_written"] == alone["bytes_written"], f"{name}: each byte is written by one of them"

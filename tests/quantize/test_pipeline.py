@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arctic_trt.checkpoint.tensors import bytes_of
 from arctic_trt.quantize.memory import MemoryPlan
 from arctic_trt.quantize.plan import plan_quantization
 from arctic_trt.recipes import QuantizeRecipe
@@ -229,3 +232,32 @@ def test_the_tokenizer_travels_along(tmp_path: Path) -> None:
     assert report["calibration_tokens"] == 3
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (model_dir / name).read_bytes()
+
+
+def test_the_report_has_every_scale_and_the_configuration(tiny_fp8: Path) -> None:
+    report = json.loads((tiny_fp8 / "report/quantize.json").read_text())
+    assert report["config"] == json.loads((tiny_fp8 / "config.json").read_text())
+    ranks = read_ranks(tiny_fp8)
+    for layer, (single, experts) in enumerate(zip(report["scales"], report["expert_scales"], strict=True)):
+        prefix = f"transformer.layers.{layer}."
+        stored = {name.removeprefix(prefix): t for name, t in ranks[0].items() if name.startswith(prefix) and "factor" in name}
+        per_expert = {f"{name}.weights_scaling_factor": values for name, values in experts.items()}
+        assert stored.keys() == single.keys() | per_expert.keys() and experts.keys() == {"mlp.fc", "mlp.proj"}
+        assert all(stored[name].item() == value for name, value in single.items())
+        assert all(stored[name].flatten().tolist() == values for name, values in per_expert.items())
+
+
+def test_digests_are_those_of_the_bytes_on_disk(tiny_fp8: Path) -> None:
+    record = json.loads((tiny_fp8 / "report/digests.json").read_text())
+    found = {
+        f"rank{rank}.safetensors": {name: f"{zlib.crc32(bytes_of(tensor)):08x}" for name, tensor in tensors.items()}
+        for rank, tensors in enumerate(read_ranks(tiny_fp8))
+    }
+    assert record == {"files": {}, "tensors": found}
+
+
+def test_side_files_have_digests_too(tiny_model: Path, tiny_samples: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "tokenizer_config.json").write_bytes(b"123456789")
+    quantize(model, tmp_path / "out", calib_dataset=str(tiny_samples))
+    assert json.loads((tmp_path / "out/report/digests.json").read_text())["files"] == {"tokenizer_config.json": "cbf43926"}

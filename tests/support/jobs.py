@@ -63,9 +63,9 @@ def lasting(directory: Path) -> dict[str, bytes | None]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every rank file and of config.json."""
-    files = [directory / "config.json", *sorted(directory.glob("rank*"))]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """SHA-256 of every rank file, of config.json, and of the record of the tensors' digests."""
+    files = [directory / "config.json", *sorted(directory.glob("rank*")), directory / "report" / "digests.json"]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_report(directory: Path) -> dict[str, Any]:
