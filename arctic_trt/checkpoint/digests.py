@@ -10,12 +10,37 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from arctic_trt.errors import CheckpointError
 
 DIGESTS = "report/digests.json"
-"""``files``: the CRC-32 of side files by name; ``tensors``: of each file, the CRC-32 of its tensors by name. Eight hex digits."""
-
+Crc = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")]
 Parts = dict[str, dict[int, int]]
 """CRC-32 of the parts of tensors that have been written, by tensor and index."""
+
+
+class Digests(BaseModel):
+    """What :data:`DIGESTS` holds: the CRC-32 of side files by name, and of each rank file's tensors by name; eight hex digits."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    files: dict[str, Crc]
+    tensors: dict[str, dict[str, Crc]]
+
+
+def read_digests(directory: Path) -> Digests | None:
+    """What was recorded when ``directory`` was written, None if nothing was; :class:`CheckpointError` for a broken record."""
+    path = directory / DIGESTS
+    try:
+        return Digests.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path} cannot be read: {reason}.", "Copy the directory again, or remove the file.") from None
 
 
 def crc_text(crc: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from arctic_trt.checkpoint.digests import DIGESTS, crc_text, read_digests
+from arctic_trt.checkpoint.tensors import bytes_of
 from arctic_trt.checkpoint.trtllm import TrtCheckpoint
 from arctic_trt.engine.config import plan_build_config
 from arctic_trt.engine.torch import build
@@ -121,6 +124,7 @@ def test_the_directory_is_complete(checkpoints: dict[str, Path], tmp_path: Path)
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",
+        "report",
     }
     config = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert config["pretrained_config"] == json.loads((checkpoints["tp2pp2"] / "config.json").read_text())
@@ -130,7 +134,49 @@ def test_the_directory_is_complete(checkpoints: dict[str, Path], tmp_path: Path)
 def test_a_checkpoint_without_a_tokenizer_will_do(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoints["tp1"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "generation*"))
     make(tmp_path / "bare", tmp_path / "engine")
-    assert {path.name for path in (tmp_path / "engine").iterdir()} == {"config.json", "rank0.safetensors"}
+    assert {path.name for path in (tmp_path / "engine").iterdir()} == {"config.json", "rank0.safetensors", "report"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_digests_are_those_of_the_bytes_on_disk(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    make(checkpoints[name], tmp_path / "engine", workers=2)
+    record = read_digests(tmp_path / "engine")
+    assert record and record.tensors == {
+        f"rank{rank}.safetensors": {name: crc_text(zlib.crc32(bytes_of(tensor))) for name, tensor in tensors.items()}
+        for rank, tensors in enumerate(read_ranks(tmp_path / "engine"))
+    }
+    assert record.files.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        ("transformer.layers.0.mlp.proj.weight", r"mlp\.proj\.weight of .*rank1.safetensors is not what was written there"),
+        ("transformer.layers.1.residual_mlp.gate.weight", r"fc\.weight and .*gate\.weight of .*rank1.safetensors are not"),
+        ("transformer.layers.1.attention.qkv.activation_scaling_factor", r"qkv\.activation_scaling_factor of .* is not"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_quantize_wrote_is_refused(
+    tensor: str, sentence: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints["tp8"], tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "rank1.safetensors"
+    tensors = load_file(path)
+    tensors[tensor].view(-1).view(torch.uint8)[0] ^= 1
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=sentence):
+        make(tmp_path / "checkpoint", tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+    (tmp_path / "checkpoint" / DIGESTS).unlink()
+    make(tmp_path / "checkpoint", tmp_path / "engine")
+
+
+def test_a_record_that_cannot_be_read_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["tp1"], tmp_path / "checkpoint")
+    for text in ("{", "[]", '{"files": {}}', '{"files": {}, "tensors": {"rank0.safetensors": {"a": "0x12"}}}'):
+        (tmp_path / "checkpoint" / DIGESTS).write_text(text)
+        with pytest.raises(CheckpointError, match=r"report/digests.json cannot be read"):
+            make(tmp_path / "checkpoint", tmp_path / "engine")
 
 
 @pytest.mark.parametrize("scale", ["weights_scaling_factor", "activation_scaling_factor"])
