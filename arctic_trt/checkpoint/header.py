@@ -61,7 +61,7 @@ def _truncated(path: Path, expected: str, size: int) -> CheckpointError:
 
 def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> dict[str, StoredTensor]:
     try:
-        table = json.loads(text)
+        table = json.loads(text, object_pairs_hook=_once)
         entries = {name: entry for name, entry in table.items() if name != "__metadata__"}
         stored = {name: _entry(path, name, entry, data_start) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,6 +77,15 @@ def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> dict[str, 
     if size > end:
         raise CheckpointError(f"{path} has {size} bytes, but its header describes {end}.", AGAIN)
     return stored
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which every key is there once; readers differ in which of several they take."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is listed twice")
+    return table
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:

@@ -47,7 +47,7 @@ def command(output: Output, path: Path, against: Path | None, sample: float | No
     found = verify(path, against, share=sample or 1.0, on_progress=_Progress(output, began))
     seconds = time.perf_counter() - began
     record = record_of(found, path, seconds, against, sample or 1.0)
-    output.result({key: value for key, value in record.items() if key not in ("against", "share")})
+    output.result(record)
     show_findings(found, output)
     _summarize(found, path, seconds, output)
     if is_checkpoint(path) and not no_report:

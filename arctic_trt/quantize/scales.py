@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ KV_SCALE_FLOOR = 1.0
 KV_SCALE_WARNING = 0.5
 
 
+Settle = Callable[[str, Tensor], Tensor]
+"""From a projection and the weight scale [1] that follows from its weights to the scale to cast with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """E4m3 codes of one or more matrices that share ``scale`` (float32 [1]); without a scale, the bf16 matrices themselves."""
@@ -55,6 +60,11 @@ class GivenAmax:
 
     sites: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
+
+
+def own_scale(name: str, scale: Tensor) -> Tensor:
+    """The scale that follows from the weights."""
+    return scale
 
 
 def weight_amax(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -76,35 +86,53 @@ def _finite_amax(name: str, weight: Tensor) -> Tensor:
     return value
 
 
-def quantize_together(weights: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None, *, fp8: bool = True) -> Quantized:
+def quantize_together(
+    weights: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
+    *,
+    fp8: bool = True,
+    settle: Callable[[Tensor], Tensor] = lambda own: own,
+) -> Quantized:
     """Cast matrices with one common scale, once, from bf16; without ``fp8`` they stay as they are, but must be finite too."""
     if not fp8:
         for name, weight in weights.items():
             _finite_amax(name, weight)
         return Quantized(tuple(weights.values()), None)
-    scale = scale_from_amax(weight_amax(weights, given)).reshape(1)
+    scale = settle(scale_from_amax(weight_amax(weights, given)).reshape(1))
     return Quantized(tuple(cast_e4m3(weight, scale) for weight in weights.values()), scale)
 
 
 def quantize_attention(
-    weights: AttentionWeights, prefix: str, fp8: Container[str], given: Mapping[str, Tensor] | None = None
+    weights: AttentionWeights,
+    prefix: str,
+    fp8: Container[str],
+    given: Mapping[str, Tensor] | None = None,
+    settle: Settle = own_scale,
 ) -> tuple[AttentionWeights, dict[str, Tensor]]:
     """(what is stored, weight scales [1] by TensorRT-LLM name within the layer); what is not named in ``fp8`` stays in bf16.
 
-    ``prefix`` names the matrices in messages.
+    ``prefix`` names the matrices in messages; ``settle`` may replace a scale before the cast.
     """
-    qkv = quantize_together({f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"}, given, fp8=QKV in fp8)
-    o = quantize_together({f"{prefix}.o_proj.weight": weights.o}, given, fp8=DENSE in fp8)
+    projections = {f"{prefix}.{p}_proj.weight": getattr(weights, p) for p in "qkv"}
+    qkv = quantize_together(projections, given, fp8=QKV in fp8, settle=partial(settle, QKV))
+    o = quantize_together({f"{prefix}.o_proj.weight": weights.o}, given, fp8=DENSE in fp8, settle=partial(settle, DENSE))
     return AttentionWeights(*qkv.codes, *o.codes), _named({QKV: qkv.scale, DENSE: o.scale})
 
 
 def quantize_mlp(
-    weights: MlpWeights, prefix: str, fp8: Container[str], given: Mapping[str, Tensor] | None = None, *, expert: bool = False
+    weights: MlpWeights,
+    prefix: str,
+    fp8: Container[str],
+    given: Mapping[str, Tensor] | None = None,
+    settle: Settle = own_scale,
+    *,
+    expert: bool = False,
 ) -> tuple[MlpWeights, dict[str, Tensor]]:
     """The same for the residual MLP, or for an ``expert``; w1 and w3 share a scale."""
     joined, last = ((EXPERT_FC,), EXPERT_PROJ) if expert else ((RESIDUAL_FC, RESIDUAL_GATE), RESIDUAL_PROJ)
-    fc = quantize_together({f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w3")}, given, fp8=joined[0] in fp8)
-    proj = quantize_together({f"{prefix}.w2.weight": weights.w2}, given, fp8=last in fp8)
+    sharing = {f"{prefix}.{w}.weight": getattr(weights, w) for w in ("w1", "w3")}
+    fc = quantize_together(sharing, given, fp8=joined[0] in fp8, settle=partial(settle, joined[0]))
+    proj = quantize_together({f"{prefix}.w2.weight": weights.w2}, given, fp8=last in fp8, settle=partial(settle, last))
     scales = _named({**dict.fromkeys(joined, fc.scale), last: proj.scale})
     return MlpWeights(w1=fc.codes[0], w2=proj.codes[0], w3=fc.codes[1]), scales
 

@@ -23,7 +23,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def with_header(table: object, data: bytes = b"") -> bytes:
-    text = json.dumps(table).encode()
+    return with_text(json.dumps(table).encode(), data)
+
+
+def with_text(text: bytes, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -59,6 +62,7 @@ def test_a_good_file_lists_its_tensors(path: Path) -> None:
         (lambda data: with_header(entry() | {"b": entry()["a"]}, b"\0" * 4), "b leaves a gap or an overlap"),
         (lambda data: with_header(entry(offsets=(2, 6)), b"\0" * 6), "a leaves a gap or an overlap"),
         (lambda data: with_header(entry(shape=["x"]), b"\0" * 4), "malformed safetensors header"),
+        (lambda data: with_text(b'{"a": {}, "a": {}}'), "a is listed twice"),
         (lambda data: with_header(entry("F16"), b"\0" * 4), "holds a as F16, expected one of"),
     ],
 )

@@ -48,7 +48,10 @@ def test_what_is_wrong_ends_with_four_and_a_table(arctic_trt: Run, damaged: Path
 def test_json(arctic_trt: Run, checkpoint: Path, damaged: Path, tiny_model: Path) -> None:
     good = json.loads(arctic_trt("verify", checkpoint, "--against", tiny_model, "--json", "--no_report").out)
     assert good["passed"] and good["findings"] == [] and len(good["worst"]) == 10
-    assert list(good) == ["passed", "errors", "warnings", "findings", "worst", "sqnr", "tensors", "bytes_read", "path", "seconds"]
+    first, last = ["against", "share", "passed", "errors", "warnings", "findings"], ["tensors", "bytes_read", "path", "seconds"]
+    assert list(good) == [*first, "worst", "sqnr", *last]
+    assert (good["against"], good["share"]) == (str(tiny_model), 1.0)
+    assert {tuple(row) for row in good["sqnr"]} == {("layer", "site", "min_db", "mean_db", "count")}
     done = arctic_trt("verify", damaged, "--json", "--no_report")
     bad = json.loads(done.out)
     assert done.code == 4 and not bad["passed"] and bad["errors"] == 4

@@ -1,4 +1,4 @@
-"""The structure of a TensorRT-LLM checkpoint: files, headers, configuration, what ranks share, and every scale.
+"""The structure of a TensorRT-LLM checkpoint: files, headers, configuration, what ranks share, digests of what is small.
 
 Reads headers, norms, routers and scales, and none of the matrices: seconds also for 480 GB.
 """
@@ -7,37 +7,47 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from arctic_trt.checkpoint.contract import QuantFormat, parse_pretrained_config, plan_config, plan_rank, rank_file
 from arctic_trt.checkpoint.exclusion import matches
 from arctic_trt.checkpoint.output_dir import MARKER
-from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, flat_bytes
+from arctic_trt.checkpoint.tensors import PARTIAL, TensorFile, bytes_of, flat_bytes
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Mapping, Rank
-from arctic_trt.model.names import KV_CACHE_SCALE, LAYER, LM_HEAD, Cut, Kind, activation_scale, trt_layer, weight_scale
-from arctic_trt.quantize.pipeline import REPORT
+from arctic_trt.model.names import (
+    FINAL_NORM,
+    KV_CACHE_SCALE,
+    LAYER,
+    LM_HEAD,
+    Cut,
+    Kind,
+    activation_scale,
+    trt_layer,
+    weight_scale,
+)
 from arctic_trt.report.verify.findings import Verification
 from arctic_trt.report.verify.headers import open_rank_file
+from arctic_trt.report.verify.numbers import check_numbers
+from arctic_trt.report.verify.records import Records, check_crc, read_records
 
-OTHERS_MAY_DIFFER = ("logits_dtype", "exclude_modules")
+OTHERS_MAY_DIFFER = ("logits_dtype",)
 """What other producers of checkpoints choose differently, and TensorRT-LLM accepts."""
-OUTLIER = 64.0
-"""A scale this many times its peers' median, or that fraction of it, is worth a look."""
-TWINS = (("residual_mlp.fc.weight", "residual_mlp.gate.weight"),)
+HAS_OTHER_WORDS = ("quantization.exclude_modules",)
+"""What can be said in several ways; one that means something else does not fit the tensors."""
+ABSENT = object()
+SHARED_WEIGHTS = tuple(row.trt for row in (*LAYER, FINAL_NORM) if row.cut is Cut.REPLICATED)
 
 
 class OpenCheckpoint:
     """A checkpoint whose headers have been read; ``files`` lacks the ranks that could not be."""
 
-    def __init__(self, path: Path, config: ArcticConfig, mapping: Mapping, quant: QuantFormat) -> None:
-        self.path, self.config, self.mapping, self.quant = path, config, mapping, quant
+    def __init__(self, path: Path, config: ArcticConfig, mapping: Mapping, quant: QuantFormat, records: Records) -> None:
+        self.path, self.config, self.mapping, self.quant, self.records = path, config, mapping, quant, records
         self.files: dict[int, TensorFile] = {}
 
     def stage(self, pp_rank: int) -> list[Rank]:
@@ -64,9 +74,10 @@ def open_checkpoint(path: Path, found: Verification) -> OpenCheckpoint | None:
     except (ValueError, TypeError, AttributeError, ArcticTrtError) as error:
         found.error("config", "config.json", "", f"config.json cannot be used: {' '.join(str(error).split())}")
         return None
-    _check_config(raw, plan_config(config, mapping, quant), found)
+    records = read_records(path, found)
+    _check_config(raw, plan_config(config, mapping, quant), records.report.config if records.report else None, found)
     _check_never_quantized(raw["quantization"], len(mapping.layers(0, config.num_hidden_layers)), found)
-    checkpoint = OpenCheckpoint(path, config, mapping, quant)
+    checkpoint = OpenCheckpoint(path, config, mapping, quant, records)
     _check_files(checkpoint, found)
     for rank in mapping.ranks():
         file = open_rank_file(path / rank_file(rank.index), plan_rank(config, rank, quant), found)
@@ -75,15 +86,29 @@ def open_checkpoint(path: Path, found: Verification) -> OpenCheckpoint | None:
     return checkpoint
 
 
-def _check_config(raw: dict[str, Any], wanted: dict[str, Any], found: Verification) -> None:
-    for key, value in wanted.items():
-        if isinstance(value, dict) and isinstance(raw.get(key), dict):
-            _check_config(raw[key], value, found)
-        elif key not in raw:
-            found.error("config", "config.json", key, f"config.json lacks {key}, expected {value!r}.")
-        elif raw[key] != value:
-            report = found.warn if key in OTHERS_MAY_DIFFER else found.error
-            report("config", "config.json", key, f"config.json has {key}={raw[key]!r}, expected {value!r}.")
+def _check_config(raw: dict[str, Any], plan: dict[str, Any], recorded: dict[str, Any] | None, found: Verification) -> None:
+    """Hold ``config.json`` to what follows from its own sizes, and to what was written."""
+    planned = {name: values for name, values in _differences(raw, plan) if values[1] is not ABSENT}
+    written = dict(_differences(raw, recorded)) if recorded is not None else {}
+    for name, (is_, wanted) in (planned | written).items():
+        tolerated = name in HAS_OTHER_WORDS or (name in OTHERS_MAY_DIFFER and name not in written)
+        if is_ is ABSENT:
+            sentence = f"config.json lacks {name}, expected {wanted!r}."
+        elif wanted is ABSENT:
+            sentence = f"config.json has {name}={is_!r}, which was not written there."
+        else:
+            sentence = f"config.json has {name}={is_!r}, expected {wanted!r}."
+        (found.warn if tolerated else found.error)("config", "config.json", name, sentence)
+
+
+def _differences(is_: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Dotted names of the keys that differ, with both values."""
+    for key in sorted(is_.keys() | wanted.keys()):
+        a, b = is_.get(key, ABSENT), wanted.get(key, ABSENT)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", (a, b)
 
 
 def _check_never_quantized(quantization: dict[str, Any], layers: int, found: Verification) -> None:
@@ -110,7 +135,7 @@ def _check_files(checkpoint: OpenCheckpoint, found: Verification) -> None:
 
 
 def check_structure(checkpoint: OpenCheckpoint, found: Verification) -> None:
-    """What ranks share, and every scale; the matrices are not read."""
+    """What ranks share, and the digests of all that is small; the matrices are not read."""
     for stage in range(checkpoint.mapping.pp_size):
         ranks = checkpoint.stage(stage)
         if not ranks:
@@ -119,10 +144,22 @@ def check_structure(checkpoint: OpenCheckpoint, found: Verification) -> None:
         for local, _ in enumerate(layers):
             for name, group in _shared(checkpoint, ranks, local):
                 _check_equal(checkpoint, name, group, found)
-    if checkpoint.quant.fp8:
-        scales = _read_scales(checkpoint)
-        _check_scales(scales, found)
-        _check_report(checkpoint, scales, found)
+        if stage == checkpoint.mapping.pp_size - 1:
+            _check_equal(checkpoint, FINAL_NORM.trt, ranks, found)
+        for rank in ranks:
+            _check_crcs(checkpoint, rank, found)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is read only by those who look at every byte: neither a scale nor what all ranks hold alike."""
+    return name.endswith(".weight") and not name.endswith(SHARED_WEIGHTS)
+
+
+def _check_crcs(checkpoint: OpenCheckpoint, rank: Rank, found: Verification) -> None:
+    file = checkpoint.files[rank.index]
+    for name in file.tensors:
+        if not is_matrix(name):
+            check_crc(checkpoint.records.digests, file.path.name, name, zlib.crc32(bytes_of(file.read(name))), found)
 
 
 def _shared(checkpoint: OpenCheckpoint, ranks: list[Rank], local: int) -> Iterator[tuple[str, list[Rank]]]:
@@ -145,92 +182,9 @@ def _check_equal(checkpoint: OpenCheckpoint, name: str, ranks: list[Rank], found
     if not holders:
         return
     first = checkpoint.files[holders[0].index].read(name)
-    _check_numbers(name, first, rank_file(holders[0].index), found)
+    check_numbers(first, rank_file(holders[0].index), name, found)
     for rank in holders[1:]:
         if not flat_bytes(checkpoint.files[rank.index].read(name)).equal(flat_bytes(first)):
             file = rank_file(rank.index)
             sentence = f"{name} differs between {rank_file(holders[0].index)} and {file}, which must hold the same."
             found.error("replica", file, name, sentence)
-
-
-def _check_numbers(name: str, values: Tensor, file: str, found: Verification) -> None:
-    if not values.isfinite().all():
-        found.error("not finite", file, name, f"{name} holds NaN or infinity.")
-    elif not values.any():
-        found.error("zero", file, name, f"{name} is zero throughout.")
-
-
-def _read_scales(checkpoint: OpenCheckpoint) -> dict[str, dict[int, tuple[str, Tensor]]]:
-    """Every scale by its suffix, then by layer of the model: the file that it was read from, and its values, EP blocks joined."""
-    scales: dict[str, dict[int, tuple[str, Tensor]]] = {}
-    for stage in range(checkpoint.mapping.pp_size):
-        blocks = [rank for rank in checkpoint.stage(stage) if rank.moe_tp_rank == 0]
-        for local, layer in enumerate(checkpoint.mapping.layers(stage, checkpoint.config.num_hidden_layers)):
-            for suffix in _scale_suffixes(checkpoint.quant):
-                name = trt_layer(local, suffix)
-                holders = [rank for rank in blocks if checkpoint.has(rank, name)]
-                parts = [checkpoint.files[rank.index].read(name).view(-1) for rank in holders]
-                if parts:
-                    whole = torch.cat(parts) if _is_experts_weight_scale(suffix) else parts[0]
-                    scales.setdefault(suffix, {})[layer] = rank_file(holders[0].index), whole
-    return scales
-
-
-def _scale_suffixes(quant: QuantFormat) -> list[str]:
-    names = [row.trt for row in LAYER if row.kind is Kind.QUANTIZED]
-    suffixes = [scale(name) for name in names for scale in (weight_scale, activation_scale)]
-    return [*suffixes, KV_CACHE_SCALE] if quant.kv_fp8 else suffixes
-
-
-def _is_experts_weight_scale(suffix: str) -> bool:
-    return suffix.startswith(("mlp.fc.", "mlp.proj.")) and suffix.endswith("weights_scaling_factor")
-
-
-def _check_scales(scales: dict[str, dict[int, tuple[str, Tensor]]], found: Verification) -> None:
-    for suffix, by_layer in scales.items():
-        everything = torch.cat([values for _, values in by_layer.values()])
-        usable = everything[everything.isfinite() & (everything > 0)]  # what is not is an error of its own, not a peer
-        median = usable.median() if len(usable) else torch.tensor(1.0)
-        for layer, (file, values) in by_layer.items():
-            _check_scale(suffix, layer, file, values, float(median), found)
-    for first, second in TWINS:
-        for scale in (weight_scale, activation_scale):
-            for layer, (file, values) in scales.get(scale(second), {}).items():
-                twin = scales.get(scale(first), {}).get(layer)
-                if twin is not None and not twin[1].equal(values):
-                    name = f"layer {layer} {scale(second)}"
-                    sentence = f"{name} is {values.tolist()}, {scale(first)} is {twin[1].tolist()}: they share one product."
-                    found.error("twins", file, name, sentence)
-
-
-def _check_scale(suffix: str, layer: int, file: str, values: Tensor, median: float, found: Verification) -> None:
-    name = f"layer {layer} {suffix}"
-    if not (values.isfinite().all() and (values > 0).all()):
-        found.error("scale", file, name, f"{name} holds {float(values.min())}, expected finite positive numbers.")
-        return
-    if suffix == KV_CACHE_SCALE:
-        return  # 1.0 and above by definition
-    if (values == 1.0).any():
-        found.warn("sentinel", file, name, f"{name} is exactly 1.0, which is what a scale that nobody computed looks like.")
-    ratio = max(float(values.max()) / median, median / float(values.min()))
-    if ratio > OUTLIER:
-        found.warn("outlier", file, name, f"{name} is {ratio:.0f} times away from the median of its kind, {median:.3g}.")
-
-
-def _check_report(checkpoint: OpenCheckpoint, scales: dict[str, dict[int, tuple[str, Tensor]]], found: Verification) -> None:
-    """Single scales against what the quantization wrote down when it computed them."""
-    try:
-        report = json.loads((checkpoint.path / REPORT).read_text(encoding="utf-8"))
-        recorded: list[dict[str, float]] = report["scales"]
-    except FileNotFoundError:
-        found.warn("report", REPORT, "", f"{REPORT} is not there: activation scales cannot be held to what was calibrated.")
-        return
-    except (ValueError, KeyError, TypeError):
-        found.error("report", REPORT, "", f"{REPORT} cannot be read.")
-        return
-    for suffix, by_layer in scales.items():
-        for layer, (file, stored) in by_layer.items():
-            value = recorded[layer].get(suffix) if layer < len(recorded) else None
-            if stored.numel() == 1 and float(stored) != value:
-                name = f"layer {layer} {suffix}"
-                found.error("scale", file, name, f"{name} is {float(stored)!r}, {REPORT} says {value!r}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from arctic_trt.model.names import site_of
@@ -78,10 +78,9 @@ class Verification:
         """The noise of every site in every layer: the worst of its ``count`` matrices and their mean, in dB."""
         sites: dict[tuple[int, str], list[float]] = {}
         for quality in self.qualities:
-            if math.isfinite(quality.sqnr_db):  # a matrix that e4m3 represents exactly has no noise
-                sites.setdefault(site_of(quality.tensor), []).append(quality.sqnr_db)
+            sites.setdefault(site_of(quality.tensor), []).append(quality.sqnr_db)
         return [
-            {"layer": layer, "site": site, "min_db": min(found), "mean_db": sum(found) / len(found), "count": len(found)}
+            {"layer": layer, "site": site, "min_db": min(found), "mean_db": fmean(found), "count": len(found)}
             for (layer, site), found in sorted(sites.items())
         ]
 

@@ -10,6 +10,7 @@ from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.engine.config import TORCH, is_engine_config, read_engine_config
 from arctic_trt.errors import UsageError
 from arctic_trt.machine import available_cores
+from arctic_trt.model import tokenizer
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.quantize.memory import default_budget
 from arctic_trt.quantize.stream import WorkPool
@@ -17,6 +18,8 @@ from arctic_trt.report.verify.checkpoint import OpenCheckpoint, check_structure,
 from arctic_trt.report.verify.engine import check_tensorrt_engine, check_torch_engine, torch_engine_works
 from arctic_trt.report.verify.findings import Verification
 from arctic_trt.report.verify.original import original_works
+from arctic_trt.report.verify.records import read_digests_of
+from arctic_trt.report.verify.scales import check_scales
 from arctic_trt.report.verify.values import Work, value_works
 
 SIZES = (
@@ -31,7 +34,7 @@ def verify_structure(path: Path) -> Verification:
     found = Verification()
     checkpoint = open_checkpoint(path, found)
     if checkpoint is not None:
-        check_structure(checkpoint, found)
+        _check_small(checkpoint, found)
         checkpoint.close()
     return found
 
@@ -52,16 +55,23 @@ def verify(
     checkpoint = open_checkpoint(path, found)
     if checkpoint is None:
         return found
-    check_structure(checkpoint, found)
+    _check_small(checkpoint, found)
     if against is None or share < 1:  # what equals its original byte for byte has the original's values
         _work_through(checkpoint.config, value_works(checkpoint, found, share), found, on_progress)
     if against is not None:
         source = HfCheckpoint(against)
-        _check_same_model(checkpoint, source, found)
-        _work_through(checkpoint.config, original_works(checkpoint, source, found, share), found, on_progress)
+        if _is_same_model(checkpoint, source, found):
+            _check_side_files(checkpoint, source, found)
+            _work_through(checkpoint.config, original_works(checkpoint, source, found, share), found, on_progress)
         source.close()
     checkpoint.close()
     return found
+
+
+def _check_small(checkpoint: OpenCheckpoint, found: Verification) -> None:
+    check_structure(checkpoint, found)
+    if checkpoint.quant.fp8:
+        check_scales(checkpoint, found)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -77,16 +87,28 @@ def _is_engine(path: Path) -> bool:
         return False
 
 
-def _check_same_model(checkpoint: OpenCheckpoint, source: HfCheckpoint, found: Verification) -> None:
-    """Sizes that differ make it another model; other settings that differ make it wrong."""
-    for key in type(source.config).model_fields:
+def _is_same_model(checkpoint: OpenCheckpoint, source: HfCheckpoint, found: Verification) -> bool:
+    """Whether the two can be compared: sizes that differ make it another model, other settings that differ make it wrong.
+
+    Raises :class:`UsageError` for another model, unless the checkpoint has shown that it is its own sizes that are wrong.
+    """
+    differ = [key for key in type(source.config).model_fields if getattr(checkpoint.config, key) != getattr(source.config, key)]
+    for key in sorted(differ, key=lambda key: key not in SIZES):
         mine, theirs = getattr(checkpoint.config, key), getattr(source.config, key)
-        if mine != theirs and key in SIZES:
+        if key in SIZES and found.passed:
             raise UsageError(
                 f"{checkpoint.path} has {key} {mine}, {source.model_dir} has {theirs}.", "Give the model that it was made of."
             )
-        if mine != theirs:
-            found.error("config", "config.json", key, f"config.json has {key} {mine}, the original has {theirs}.")
+        found.error("config", "config.json", key, f"config.json has {key} {mine}, the original has {theirs}.")
+    return not set(differ) & set(SIZES)
+
+
+def _check_side_files(checkpoint: OpenCheckpoint, source: HfCheckpoint, found: Verification) -> None:
+    """Without digests, a tokenizer's files must be the original's; other producers leave them out."""
+    for name in tokenizer.FILES if checkpoint.records.digests is None else ():
+        mine, theirs = checkpoint.path / name, source.model_dir / name
+        if mine.is_file() and theirs.is_file() and mine.read_bytes() != theirs.read_bytes():
+            found.error("payload", name, "", f"{name} is not the original's.")
 
 
 def _verify_engine(path: Path, against: Path | None, share: float, on_progress: OnProgress) -> Verification:
@@ -96,7 +118,8 @@ def _verify_engine(path: Path, against: Path | None, share: float, on_progress: 
         check_tensorrt_engine(path, engine, found)
         return found
     files = check_torch_engine(path, engine, found)
-    _work_through(engine.network("config.json")[0], torch_engine_works(files, engine, against, found, share), found, on_progress)
+    works = torch_engine_works(files, engine, against, read_digests_of(path, found), found, share)
+    _work_through(engine.network("config.json")[0], works, found, on_progress)
     return found
 
 

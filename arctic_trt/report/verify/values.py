@@ -1,21 +1,24 @@
-"""Every byte of every matrix: no NaN, no infinity, nothing that is zero throughout. One expert's matrix at a time."""
+"""Every byte of every matrix: what was written, no NaN, no infinity, no zeros throughout. One expert's matrix at a time."""
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from arctic_trt.checkpoint.contract import rank_file
+from arctic_trt.checkpoint.tensors import bytes_of
+from arctic_trt.engine.torch.format import ENGINE_EMBEDDING, ENGINE_LM_HEAD
 from arctic_trt.model.mapping import Rank
-from arctic_trt.report.verify.checkpoint import OpenCheckpoint
+from arctic_trt.model.names import EMBEDDING, LM_HEAD
+from arctic_trt.report.verify.checkpoint import OpenCheckpoint, is_matrix
 from arctic_trt.report.verify.findings import Verification
+from arctic_trt.report.verify.numbers import check_numbers
+from arctic_trt.report.verify.records import check_crc
 
-MAGNITUDE_BITS = 0x7F
-E4M3_NAN = 0x7F
+PADDED = (EMBEDDING.trt, LM_HEAD.trt, ENGINE_EMBEDDING, ENGINE_LM_HEAD)
+"""Of these a rank may hold padding alone."""
 Work = Callable[[], None]
 
 
@@ -24,7 +27,7 @@ def value_works(checkpoint: OpenCheckpoint, found: Verification, share: float) -
     for rank in checkpoint.mapping.ranks():
         if rank.index in checkpoint.files:
             for name in checkpoint.files[rank.index].tensors:
-                if name.endswith(".weight") and chosen(f"{rank.index} {name}", share):
+                if is_matrix(name) and chosen(f"{rank.index} {name}", share):
                     yield partial(check_matrix, checkpoint, rank, name, found)
 
 
@@ -35,28 +38,13 @@ def chosen(name: str, share: float) -> bool:
 
 def check_matrix(checkpoint: OpenCheckpoint, rank: Rank, name: str, found: Verification) -> None:
     """Look at one tensor, matrix by matrix where it is a stack of experts."""
-    file = checkpoint.files[rank.index]
+    file, crc = checkpoint.files[rank.index], 0
     shape = file.tensors[name].spec.shape
     step = 1 if len(shape) == 3 else shape[0]
-    padded = name in ("lm_head.weight", "transformer.vocab_embedding.weight")
     for begin in range(0, shape[0], step):
         values = file.read_rows(name, begin, begin + step)
+        crc = zlib.crc32(bytes_of(values), crc)
         where = f"{name}[{begin}]" if len(shape) == 3 else name
-        problem = problem_of(values)
-        if problem and not (padded and problem == ZERO):  # a rank may hold padding alone
-            found.error("not finite" if problem == NAN else "zero", rank_file(rank.index), name, f"{where} {problem}.")
+        check_numbers(values, rank_file(rank.index), name, found, where=where, may_be_zero=name in PADDED)
+    check_crc(checkpoint.records.digests, rank_file(rank.index), name, crc, found)
     found.count(1, file.tensors[name].spec.num_bytes)
-
-
-NAN, ZERO = "holds NaN or infinity", "is zero throughout"
-
-
-def problem_of(values: Tensor) -> str | None:
-    """What is wrong with a tensor of e4m3, bfloat16 or float32, by itself."""
-    if values.dtype == torch.float8_e4m3fn:
-        largest = int((values.view(torch.uint8) & MAGNITUDE_BITS).max())
-        return NAN if largest == E4M3_NAN else ZERO if largest == 0 else None
-    low, high = torch.aminmax(values)
-    if not (low.isfinite() and high.isfinite()):
-        return NAN
-    return ZERO if low == 0 and high == 0 else None

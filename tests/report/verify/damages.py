@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,14 @@ def edit(directory: Path, change: Callable[[Tensors], object], ranks: range | li
 
 
 def edit_config(directory: Path, change: Callable[[dict[str, object]], object]) -> None:
-    path = directory / "config.json"
+    edit_json(directory / "config.json", change)
+
+
+def edit_report(directory: Path, change: Callable[[dict[str, object]], object]) -> None:
+    edit_json(directory / "report" / "quantize.json", change)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
@@ -379,3 +387,261 @@ def _(out: Path, other: Path) -> None:
 @damage("marker of unfinished work")
 def _(out: Path, other: Path) -> None:
     (out / ".arctic-trt-unfinished").write_text("{}")
+
+
+@damage("experts permuted with their scales and router rows")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for part in ("fc", "proj"):
+            for leaf in ("weight", "weights_scaling_factor"):
+                name = f"{LAYER1}mlp.{part}.{leaf}"
+                t[name] = exchange_rows(t[name], slice(0, 1), slice(1, 2))
+        router = f"{LAYER1}mlp.router.weight"
+        t[router] = t[router][torch.tensor([1, 0, 2, 3, 5, 4, 6, 7])]  # each half of the experts has its first two exchanged
+
+    edit(out, change)
+
+
+@damage("router rows permuted")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, LAYER0 + "mlp.router.weight", t[LAYER0 + "mlp.router.weight"].flip(0)))
+
+
+@damage("one bit of an expert's scale")
+def _(out: Path, other: Path) -> None:
+    name = LAYER1 + "mlp.fc.weights_scaling_factor"
+    edit(out, lambda t: put(t, name, flip(t[name], 4, 3)), [0, 2])
+
+
+@damage("an expert's scale one float32 step off")
+def _(out: Path, other: Path) -> None:
+    name = LAYER1 + "mlp.fc.weights_scaling_factor"
+    edit(out, lambda t: put(t, name, flip(t[name], 4, 0)), [0, 2])
+
+
+@damage("scales doubled and codes halved")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        name = LAYER0 + "attention.qkv."
+        t[name + "weights_scaling_factor"] *= 2
+        t[name + "weight"] = (t[name + "weight"].float() / 2).to(torch.float8_e4m3fn)
+
+    edit(out, change)
+
+
+@damage("zeros that became negative")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for codes in (tensor.view(torch.uint8) for tensor in t.values() if tensor.dtype == torch.float8_e4m3fn):
+            codes[codes == 0] = 0x80
+
+    before = [rank_path(out, rank).read_bytes() for rank in range(RANKS)]
+    edit(out, change)
+    assert before != [rank_path(out, rank).read_bytes() for rank in range(RANKS)], "there are zeros"
+
+
+@damage("two bytes exchanged")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        codes = t[LAYER0 + "mlp.fc.weight"].view(torch.uint8).view(-1)
+        at = int((codes != codes[0]).nonzero()[0])
+        codes[[0, at]] = codes[[at, 0]]
+
+    edit(out, change, [2])
+
+
+@damage("a page of zeros in a matrix")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER1 + "mlp.fc.weight"].view(torch.uint8).view(-1)[4096:8192].zero_(), [1])
+
+
+@damage("a file of zeros behind its header")
+def _(out: Path, other: Path) -> None:
+    data = bytearray(rank_path(out, 1).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    rank_path(out, 1).write_bytes(data[:start] + bytes(len(data) - start))
+
+
+@damage("a whole matrix transposed")
+def _(out: Path, other: Path) -> None:
+    name = LAYER0 + "attention.dense.weight"
+    parts = [load_file(rank_path(out, rank))[name].view(torch.uint8) for rank in range(RANKS)]
+    turned = torch.cat(parts, 1).t().contiguous().chunk(RANKS, 1)
+    for rank in range(RANKS):
+        edit(out, partial(put, name=name, value=turned[rank].contiguous().view(torch.float8_e4m3fn)), [rank])
+
+
+@damage("v heads of two ranks exchanged")
+def _(out: Path, other: Path) -> None:
+    name, v = LAYER1 + "attention.qkv.weight", slice(Q_ROWS + KV_ROWS, None)
+    first, second = (load_file(rank_path(out, rank))[name].view(torch.uint8) for rank in (0, 1))
+    first[v], second[v] = second[v].clone(), first[v].clone()
+    for rank, codes in enumerate((first, second)):
+        edit(out, partial(put, name=name, value=codes.view(torch.float8_e4m3fn)), [rank])
+
+
+@damage("the first layer twice")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for name in [name for name in t if name.startswith(LAYER1)]:
+            t[name] = t[LAYER0 + name.removeprefix(LAYER1)].clone()
+
+    edit(out, change)
+
+
+@damage("an expert twice")
+def _(out: Path, other: Path) -> None:
+    def change(t: Tensors) -> None:
+        for part in ("fc", "proj"):
+            for leaf in ("weight", "weights_scaling_factor"):
+                bytes_ = t[f"{LAYER0}mlp.{part}.{leaf}"].view(torch.uint8)
+                bytes_[1] = bytes_[0]
+
+    edit(out, change)
+
+
+@damage("embedding shifted by a row")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, "transformer.vocab_embedding.weight", t["transformer.vocab_embedding.weight"].roll(1, 0)))
+
+
+@damage("NaN in a norm, on all ranks")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t[LAYER0 + "residual_layernorm.weight"][7:8].fill_(float("nan")))
+
+
+@damage("NaN in the final norm, on all ranks")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t["transformer.ln_f.weight"][7:8].fill_(float("nan")))
+
+
+@damage("one bit of the final norm, on one rank")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: put(t, "transformer.ln_f.weight", flip(t["transformer.ln_f.weight"], 0, 0)), [3])
+
+
+@damage("final norm of another model")
+def _(out: Path, other: Path) -> None:
+    stranger = load_file(rank_path(other, 0))["transformer.ln_f.weight"]
+    edit(out, lambda t: put(t, "transformer.ln_f.weight", stranger))
+
+
+@damage("norms of another model")
+def _(out: Path, other: Path) -> None:
+    stranger = load_file(rank_path(other, 0))
+    edit(out, lambda t: t.update({name: stranger[name] for name in t if "layernorm" in name}))
+
+
+@damage("KV scale missing on one rank")
+def _(out: Path, other: Path) -> None:
+    edit(out, lambda t: t.pop(LAYER0 + "attention.kv_cache_scaling_factor"), [2])
+
+
+@damage("a file one byte short")
+def _(out: Path, other: Path) -> None:
+    rank_path(out, 1).write_bytes(rank_path(out, 1).read_bytes()[:-1])
+
+
+@damage("a file one byte long")
+def _(out: Path, other: Path) -> None:
+    rank_path(out, 1).write_bytes(rank_path(out, 1).read_bytes() + b"\0")
+
+
+def edit_header(path: Path, change: Callable[[str], str]) -> None:
+    """Rewrite the header as text; the data stay where they are."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change(data[8 : 8 + length].decode().rstrip()).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@damage("a header with a tensor listed twice")
+def _(out: Path, other: Path) -> None:
+    def change(text: str) -> str:
+        begin = text.index('"lm_head.weight"')
+        return text[:-1] + "," + text[begin : text.index("}", begin) + 1] + "}"
+
+    edit_header(rank_path(out, 0), change)
+
+
+@damage("a header with overlapping tensors")
+def _(out: Path, other: Path) -> None:
+    def change(text: str) -> str:
+        table = json.loads(text)
+        table[LAYER0 + "residual_mlp.gate.weight"]["data_offsets"] = table[LAYER0 + "residual_mlp.fc.weight"]["data_offsets"]
+        return json.dumps(table)
+
+    edit_header(rank_path(out, 0), change)
+
+
+@damage("a header with two tensors exchanged")
+def _(out: Path, other: Path) -> None:
+    def change(text: str) -> str:
+        table = json.loads(text)
+        names = [LAYER0 + "residual_mlp.fc.weight", LAYER0 + "residual_mlp.gate.weight"]
+        table[names[0]], table[names[1]] = table[names[1]], table[names[0]]
+        return json.dumps(table)
+
+    edit_header(rank_path(out, 0), change)
+
+
+@damage("tokenizer missing")
+def _(out: Path, other: Path) -> None:
+    (out / "tokenizer.json").unlink()
+
+
+@damage("tokenizer of another model")
+def _(out: Path, other: Path) -> None:
+    (out / "tokenizer.json").write_text("{}")
+
+
+@damage("config of another norm epsilon")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(norm_epsilon=1e-6))
+
+
+@damage("config of a longer context")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(max_position_embeddings=8192))
+
+
+@damage("config with an unknown key")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(clip_qkv=8.0))
+
+
+@damage("config with logits in float16")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(logits_dtype="float16"))
+
+
+@damage("config of a smaller vocabulary")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw.update(vocab_size=510))
+
+
+@damage("config without renormalization")
+def _(out: Path, other: Path) -> None:
+    edit_config(out, lambda raw: raw["moe"].update(normalization_mode=0))  # type: ignore[attr-defined]
+
+
+@damage("report of another checkpoint")
+def _(out: Path, other: Path) -> None:
+    shutil.copy(other / "report" / "quantize.json", out / "report" / "quantize.json")
+
+
+@damage("report cut short")
+def _(out: Path, other: Path) -> None:
+    path = out / "report" / "quantize.json"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@damage("digests of another checkpoint")
+def _(out: Path, other: Path) -> None:
+    shutil.copy(other / "report" / "digests.json", out / "report" / "digests.json")
+
+
+@damage("digests cut short")
+def _(out: Path, other: Path) -> None:
+    path = out / "report" / "digests.json"
+    path.write_bytes(path.read_bytes()[:-9])
