@@ -13,9 +13,9 @@ from arctic_trt.engine.config import TORCH, EngineConfig
 from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
 from arctic_trt.launch import find_launch
 from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.batcher import Completion, Listeners, generate
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.detokenizer import Detokenizer
-from arctic_trt.runtime.generate import Completion, Listeners, generate
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
 from arctic_trt.runtime.worker import Worker, load_worker
@@ -30,7 +30,6 @@ class Work:
     requests: list[Request]
     tokenizer: Tokenizer | None
     detokenizer: Callable[[], Detokenizer | None]
-    stop_words: tuple[str, ...]
     pad: int
     streaming: bool
 
@@ -78,7 +77,6 @@ class TorchBackend:
             work.requests,
             self._engine.build_config,
             detokenizer=work.detokenizer,
-            stop_words=work.stop_words,
             listeners=listeners,
         )
         self.worker.dismiss()
@@ -120,7 +118,6 @@ class TrtLlmBackend:
             pad=work.pad,
             tokenizer=work.tokenizer,
             detokenizer=work.detokenizer,
-            stop_words=work.stop_words,
             listeners=listeners,
             streaming=work.streaming,
         )

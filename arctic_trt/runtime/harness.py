@@ -195,12 +195,16 @@ class ArcticTrtLM(TemplateLM):  # type: ignore[misc]
         completions = self._engine.complete(
             [
                 Request(
-                    index=index, prompt=tuple(ids), max_new_tokens=plan.max_new_tokens, sampling=plan.sampling, end_ids=end_ids
+                    index=index,
+                    prompt=tuple(ids),
+                    max_new_tokens=plan.max_new_tokens,
+                    sampling=plan.sampling,
+                    end_ids=end_ids,
+                    stop_words=plan.until,
                 )
                 for index, ids in prompts
             ],
             detokenizer=partial(Detokenizer, self._text.decode, self._settled),
-            stop_words=plan.until,
         )
         return [completion.text for completion in completions]
 

@@ -13,9 +13,9 @@ from arctic_trt.engine.config import TORCH, BuildConfig, EngineConfig, read_engi
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import find_launch
 from arctic_trt.runtime.backends import TorchBackend, Work
+from arctic_trt.runtime.batcher import Completion, Listeners
 from arctic_trt.runtime.communicator import Communicator, agreement, check_world, connect
 from arctic_trt.runtime.detokenizer import Detokenizer
-from arctic_trt.runtime.generate import Completion, Listeners
 from arctic_trt.runtime.outputs import NO_END_ID
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.scoring import Continuation, Score, Scorer
@@ -35,13 +35,10 @@ class OpenEngine:
         requests: list[Request],
         *,
         detokenizer: Callable[[], Detokenizer | None] = lambda: None,
-        stop_words: tuple[str, ...] = (),
         listeners: Listeners | None = None,
     ) -> list[Completion]:
         """On rank 0: complete ``requests``, whose places in the list need not be their indices, in their order."""
-        work = Work(
-            requests=requests, tokenizer=None, detokenizer=detokenizer, stop_words=stop_words, pad=NO_END_ID, streaming=False
-        )
+        work = Work(requests=requests, tokenizer=None, detokenizer=detokenizer, pad=NO_END_ID, streaming=False)
         self._comm.gather_all(True)
         return self._backend.complete(work, listeners or Listeners())
 

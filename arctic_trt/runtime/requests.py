@@ -28,6 +28,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     end_ids: frozenset[int] = frozenset()
+    stop_words: tuple[str, ...] = ()
     prompt_logits: bool = False
     logits_from: int = 0
 
@@ -40,6 +41,7 @@ def plan_requests(
     max_new_tokens: int,
     sampling: Sampling,
     end_ids: frozenset[int] = frozenset(),
+    stop_words: tuple[str, ...] = (),
     prompt_logits: bool = False,
 ) -> list[Request]:
     """Check the prompts against the engine's limits; raises :class:`UsageError` naming the prompt."""
@@ -56,6 +58,7 @@ def plan_requests(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             end_ids=end_ids,
+            stop_words=stop_words,
             prompt_logits=prompt_logits,
         )
         for index, prompt in enumerate(prompts)

@@ -18,9 +18,9 @@ from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.backends import Backend, Work, make_backend
+from arctic_trt.runtime.batcher import Completion, Listeners, OnPiece
 from arctic_trt.runtime.communicator import agreement, connect
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
-from arctic_trt.runtime.generate import Completion, Listeners, OnPiece
 from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
 from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy
 from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests
@@ -130,7 +130,6 @@ def _complete(options: RunOptions, backend: Backend, job: Job, vocab_size: int, 
         requests=job.requests,
         tokenizer=job.tokenizer,
         detokenizer=_detokenizer_of(job.tokenizer),
-        stop_words=options.stop_words,
         pad=job.pad,
         streaming=options.streaming,
     )
@@ -160,6 +159,7 @@ def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
         max_new_tokens=options.max_output_len,
         sampling=options.sampling,
         end_ids=frozenset(end_ids),
+        stop_words=options.stop_words,
         prompt_logits=options.output_logits_npy is not None,
     )
     return Job(prompts=prompts, requests=requests, tokenizer=tokenizer, pad=end_ids[0] if end_ids else NO_END_ID)

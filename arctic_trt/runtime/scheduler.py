@@ -6,7 +6,6 @@ Every step takes one token of each sequence that is decoding, then fills up with
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from arctic_trt.runtime.requests import Request
@@ -51,15 +50,23 @@ class _Budget:
 class Scheduler:
     """Sequences waiting and active; at most ``max_batch_size`` are active, and a step has at most ``max_num_tokens`` tokens."""
 
-    def __init__(self, requests: Iterable[Request], *, max_batch_size: int, max_num_tokens: int) -> None:
-        self._waiting = deque(Sequence(request, list(request.prompt)) for request in requests)
+    def __init__(self, *, max_batch_size: int, max_num_tokens: int) -> None:
+        self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._freed: list[int] = []
         self._max_active = min(max_batch_size, max_num_tokens)
         self._max_num_tokens = max_num_tokens
 
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        self._waiting.append(Sequence(request, list(request.prompt)))
+
+    def sequence(self, index: int) -> Sequence:
+        """The sequence of request ``index``, waiting or active."""
+        return self._active.get(index) or next(waiting for waiting in self._waiting if waiting.request.index == index)
+
     def next_step(self) -> Step | None:
-        """The next step, None when all sequences are done. Call :meth:`advance` before asking again."""
+        """The next step, None when there are no sequences. Call :meth:`advance` before asking again."""
         while self._waiting and len(self._active) < self._max_active:
             sequence = self._waiting.popleft()
             self._active[sequence.request.index] = sequence
@@ -80,6 +87,9 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out; the next step frees its cache."""
+        if sequence.request.index not in self._active:
+            self._waiting.remove(sequence)
+            return
         del self._active[sequence.request.index]
         self._freed.append(sequence.request.index)
 

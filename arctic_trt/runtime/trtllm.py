@@ -28,9 +28,9 @@ from arctic_trt.engine.tensorrt_llm.versions import installed_versions
 from arctic_trt.errors import RefusedError
 from arctic_trt.machine import available_memory, query_gpus
 from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.batcher import Completion, Listeners, Writer
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
-from arctic_trt.runtime.generate import Completion, Listeners, Writer
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling, request_generator
 
@@ -128,7 +128,6 @@ def generate_with_trtllm(
     pad: int,
     tokenizer: Tokenizer | None,
     detokenizer: Callable[[], Detokenizer | None],
-    stop_words: tuple[str, ...],
     listeners: Listeners,
     streaming: bool,
 ) -> list[Completion]:
@@ -140,13 +139,13 @@ def generate_with_trtllm(
                 request.index,
                 listeners.on_piece,
                 detokenizer(),
-                StopWords(stop_words),
+                StopWords(request.stop_words),
                 request_generator(request.sampling.seed, request.index),
             ),
         )
         for request in requests
     ]
-    words = stop_word_ids(stop_words, tokenizer) if stop_words else ()
+    words = stop_word_ids(requests[0].stop_words, tokenizer)
     if (requests[0].sampling.top_k or 0) > MAX_TOP_K:
         logger.warning("--top_k %d: TensorRT-LLM chooses among %d at most.", requests[0].sampling.top_k, MAX_TOP_K)
     decoding = plan_decoding(requests[0], pad, words)  # what a command line asks for is the same for all prompts

@@ -24,6 +24,13 @@ def request(index: int, prompt: int, output: int, *, prompt_logits: bool = False
     )
 
 
+def waiting(requests: list[Request], *, max_batch_size: int, max_num_tokens: int) -> Scheduler:
+    scheduler = Scheduler(max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
+    for each in requests:
+        scheduler.add(each)
+    return scheduler
+
+
 def play(scheduler: Scheduler) -> list[Step]:
     """Run to the end, giving every sequence TOKEN until it has what it asked for."""
     steps = []
@@ -45,7 +52,7 @@ def play(scheduler: Scheduler) -> list[Step]:
 )
 def test_every_token_once_in_order_within_the_limits(shapes: list[tuple[int, int, bool]], batch: int, tokens: int) -> None:
     requests = [request(i, prompt, output, prompt_logits=logits) for i, (prompt, output, logits) in enumerate(shapes)]
-    steps = play(Scheduler(requests, max_batch_size=batch, max_num_tokens=tokens))
+    steps = play(waiting(requests, max_batch_size=batch, max_num_tokens=tokens))
     cached: dict[int, int] = {}
     for step in steps:
         assert step.chunks and step.num_tokens <= tokens
@@ -65,7 +72,7 @@ def test_every_token_once_in_order_within_the_limits(shapes: list[tuple[int, int
 
 
 def test_decoding_goes_before_prompts() -> None:
-    scheduler = Scheduler([request(0, 2, 9), request(1, 50, 9)], max_batch_size=2, max_num_tokens=8)
+    scheduler = waiting([request(0, 2, 9), request(1, 50, 9)], max_batch_size=2, max_num_tokens=8)
     for _ in range(2):
         step = scheduler.next_step()
         assert step is not None
@@ -77,7 +84,7 @@ def test_decoding_goes_before_prompts() -> None:
 
 
 def test_a_sequence_joins_as_soon_as_one_leaves() -> None:
-    steps = play(Scheduler([request(0, 4, 1), request(1, 4, 3), request(2, 4, 2)], max_batch_size=2, max_num_tokens=100))
+    steps = play(waiting([request(0, 4, 1), request(1, 4, 3), request(2, 4, 2)], max_batch_size=2, max_num_tokens=100))
     assert [[chunk.sequence for chunk in step.chunks] for step in steps] == [[0, 1], [1, 2], [1, 2]]
     assert steps[1].freed == (0,)
 
@@ -86,7 +93,7 @@ def test_a_sequence_joins_as_soon_as_one_leaves() -> None:
 def test_prompt_logits_from_a_position_on(prompt: int, data: st.DataObject, tokens: int, output: int) -> None:
     first = data.draw(st.integers(0, prompt - 1))
     steps = play(
-        Scheduler([request(0, prompt, output, prompt_logits=True, logits_from=first)], max_batch_size=1, max_num_tokens=tokens)
+        waiting([request(0, prompt, output, prompt_logits=True, logits_from=first)], max_batch_size=1, max_num_tokens=tokens)
     )
     wanted = [
         position
@@ -99,12 +106,12 @@ def test_prompt_logits_from_a_position_on(prompt: int, data: st.DataObject, toke
 
 
 def test_a_prompt_whose_logits_nobody_wants_takes_no_share_of_them() -> None:
-    steps = play(Scheduler([request(0, 3000, 1, prompt_logits=True, logits_from=2500)], max_batch_size=1, max_num_tokens=4000))
+    steps = play(waiting([request(0, 3000, 1, prompt_logits=True, logits_from=2500)], max_batch_size=1, max_num_tokens=4000))
     assert [step.num_logits for step in steps] == [500]
 
 
 def test_prompt_logits_come_in_bounded_steps() -> None:
     requests = [request(i, 1500, 1, prompt_logits=True) for i in range(2)]
-    steps = play(Scheduler(requests, max_batch_size=8, max_num_tokens=8192))
+    steps = play(waiting(requests, max_batch_size=8, max_num_tokens=8192))
     assert max(step.num_logits for step in steps) == PROMPT_LOGITS_A_STEP
     assert sum(step.num_logits for step in steps) == 3000

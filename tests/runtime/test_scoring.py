@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError, UsageError
-from arctic_trt.runtime.generate import Listeners, generate
+from arctic_trt.runtime.batcher import Listeners, generate
 from arctic_trt.runtime.scoring import Continuation, Score, Scorer
 from arctic_trt.runtime.step import Step
 

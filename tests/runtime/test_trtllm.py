@@ -15,8 +15,8 @@ from torch import Tensor
 
 from arctic_trt.engine.tensorrt_llm.session import NO_END, Decoding
 from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.batcher import Completion, Listeners
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
-from arctic_trt.runtime.generate import Completion, Listeners
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling, plan_sampling
 from arctic_trt.runtime.trtllm import generate_with_trtllm, plan_choice, plan_decoding, stop_word_ids
@@ -66,7 +66,6 @@ def complete(
     batch: int = 8,
     pad: int = END,
     tokenizer: Tokenizer | None = None,
-    stop_words: tuple[str, ...] = (),
     listeners: Listeners | None = None,
     streaming: bool = False,
 ) -> list[Completion]:
@@ -77,7 +76,6 @@ def complete(
         pad=pad,
         tokenizer=tokenizer,
         detokenizer=(lambda: Detokenizer(tokenizer.decode, settled_ids(tokenizer))) if tokenizer else lambda: None,
-        stop_words=stop_words,
         listeners=listeners or Listeners(),
         streaming=streaming,
     )
@@ -175,10 +173,9 @@ def test_a_stop_word_ends_the_text_before_it(tokenizer: Tokenizer, streaming: bo
     ids = tokenizer.encode_bare("the sea is the sky")
     [completion] = complete(
         Answers({(1,): ids}),
-        [request((1,), new=40, end_ids=frozenset({end} - {NO_END}))],
+        [request((1,), new=40, end_ids=frozenset({end} - {NO_END}), stop_words=("is",))],
         pad=end,
         tokenizer=tokenizer,
-        stop_words=("is",),
         streaming=streaming,
     )
     assert completion.text.strip() == "the sea" and completion.finish_reason == "stop"
@@ -188,7 +185,7 @@ def test_a_stop_word_ends_the_text_before_it(tokenizer: Tokenizer, streaming: bo
 def test_a_sequence_that_tensorrt_ended_at_a_stop_word_did_not_come_to_its_end_token(tokenizer: Tokenizer) -> None:
     [word] = stop_word_ids(["sea"], tokenizer)[:1]
     session = Answers({(1,): [20, *word]})
-    [completion] = complete(session, [request((1,), new=40)], tokenizer=tokenizer, stop_words=("sea",))
+    [completion] = complete(session, [request((1,), new=40, stop_words=("sea",))], tokenizer=tokenizer)
     assert completion.finish_reason == "stop" and completion.token_ids[-1] != END
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
-from arctic_trt.runtime.generate import Completion, Listeners, generate
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
 from arctic_trt.runtime.step import Step
@@ -90,10 +90,9 @@ def tell(tokenizer: Tokenizer, text: str, *stop_words: str) -> tuple[Completion,
 
     (completion,) = generate(
         saying,
-        [request(0, 1, output=40, end_ids=frozenset({4}))],
+        [request(0, 1, output=40, end_ids=frozenset({4}), stop_words=stop_words)],
         LIMITS,
         detokenizer=lambda: Detokenizer(tokenizer.decode, settled_ids(tokenizer)),
-        stop_words=stop_words,
         listeners=Listeners(on_piece=lambda index, piece: pieces.append(piece)),
     )
     return completion, pieces
@@ -129,3 +128,25 @@ def test_company_changes_nothing(tiny: Model, tmp_path: Path, sampling: Sampling
         others = [prompt if i == index else [1] for i, prompt in enumerate(prompts)]
         (apart, _) = complete(engine, others, tmp_path, sampling=sampling, end_id=-1)
         assert apart.outputs[index] == together.outputs[index]
+
+
+def test_requests_come_and_go_between_steps() -> None:
+    told: list[tuple[int, object]] = []
+    listeners = Listeners(
+        on_token=lambda index, token: told.append((index, token)),
+        on_done=lambda index, completion: told.append((index, completion.finish_reason)),
+    )
+    batcher = Batcher(counting, LIMITS, listeners=listeners)
+    assert batcher.idle
+    batcher.step()
+    batcher.add(request(0, 5, output=9))
+    batcher.step()
+    batcher.add(request(1, 20, output=2))
+    batcher.add(request(2, 30, output=2))  # waits: LIMITS allow two
+    batcher.step()
+    batcher.cancel(0)
+    batcher.cancel(0)
+    batcher.cancel(2)
+    while not batcher.idle:
+        batcher.step()
+    assert told == [(0, 6), (0, 7), (1, 21), (0, "cancelled"), (2, "cancelled"), (1, 22), (1, "length")]

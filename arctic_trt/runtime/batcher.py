@@ -1,0 +1,230 @@
+"""Rank 0's loop, one step at a time: requests join and leave between any two steps.
+
+A step asks the scheduler, has the ranks compute, chooses tokens, and notices which sequences are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from arctic_trt.engine.config import BuildConfig
+from arctic_trt.errors import ArcticTrtError
+from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
+from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.sampler import choose, request_generator
+from arctic_trt.runtime.scheduler import Scheduler, Sequence
+from arctic_trt.runtime.step import Step
+
+CANCELLED = "cancelled"
+
+Execute = Callable[[Step], Tensor | None]
+OnPiece = Callable[[int, str], None]
+OnToken = Callable[[int, int], None]
+OnPromptLogits = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What became of one request; ``token_ids`` are the generated ones, with the end token if it came to one.
+
+    ``finish_reason`` is ``stop``, ``length`` or ``cancelled``.
+    """
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+OnDone = Callable[[int, Completion], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listeners:
+    """Who is told while generation goes on, always with the request's index first.
+
+    Of a piece of text that has become certain, of each token as it is chosen, of the completion, and of prompt logits
+    (request, first position, [W, V]).
+    """
+
+    on_piece: OnPiece = lambda index, piece: None
+    on_token: OnToken = lambda index, token: None
+    on_done: OnDone = lambda index, completion: None
+    on_prompt_logits: OnPromptLogits = lambda index, start, logits_WV: None
+
+
+@dataclass(slots=True)
+class Writer:
+    """One sequence's way from tokens to text; without a detokenizer there is no text."""
+
+    index: int
+    on_piece: OnPiece
+    detokenizer: Detokenizer | None
+    stop_words: StopWords
+    generator: torch.Generator
+    pieces: list[str] = field(default_factory=list)
+
+    def push(self, token: int) -> bool:
+        """Add a token's text; returns whether a stop word has appeared."""
+        return self.detokenizer is not None and self._add(self.detokenizer.push(token))
+
+    def flush(self) -> bool:
+        """Add what was held back; returns whether a stop word has appeared in it."""
+        if self.detokenizer is not None and self._add(self.detokenizer.flush()):
+            return True
+        self._emit(self.stop_words.flush())
+        return False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def _add(self, piece: str) -> bool:
+        text, stopped = self.stop_words.push(piece)
+        self._emit(text)
+        return stopped
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self.on_piece(self.index, text)
+
+
+class Batcher:
+    """Requests under way in one engine.
+
+    ``execute`` computes a step on all ranks and returns the wanted logits [W, V]. Between two steps requests may be added and
+    cancelled; what comes of each is told to ``listeners``. Not safe to use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        execute: Execute,
+        limits: BuildConfig,
+        *,
+        detokenizer: Callable[[], Detokenizer | None] = lambda: None,
+        listeners: Listeners | None = None,
+    ) -> None:
+        self._execute = execute
+        self._scheduler = Scheduler(max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens)
+        self._detokenizer = detokenizer
+        self._listeners = listeners or Listeners()
+        self._writers: dict[int, Writer] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way."""
+        return not self._writers
+
+    def add(self, request: Request) -> None:
+        """Let a request in; its index must not be under way."""
+        self._scheduler.add(request)
+        self._writers[request.index] = Writer(
+            request.index,
+            self._listeners.on_piece,
+            self._detokenizer(),
+            StopWords(request.stop_words),
+            request_generator(request.sampling.seed, request.index),
+        )
+
+    def cancel(self, index: int) -> None:
+        """Take a request out, with what it has so far; nothing happens if it is not under way any more."""
+        if index in self._writers:
+            self._finish(self._scheduler.sequence(index), CANCELLED)
+
+    def step(self) -> None:
+        """Compute once; raises :class:`ArcticTrtError` when the logits are not finite. Nothing happens when idle."""
+        step = self._scheduler.next_step()
+        if step is None:
+            return
+        ready = self._compute(step)
+        for (sequence, _), token in zip(ready, self._choose_tokens(ready), strict=True):
+            reason = self._extend(sequence, token)
+            if reason:
+                self._finish(sequence, reason)
+
+    def _compute(self, step: Step) -> list[tuple[Sequence, Tensor]]:
+        """Run a step; returns the sequences whose next token can be chosen now, with the logits [V] to choose from."""
+        logits_WV, row, ready = self._execute(step), 0, []
+        for chunk in step.chunks:
+            sequence = self._scheduler.advance(chunk)
+            if not chunk.num_logits or logits_WV is None:
+                continue
+            mine_WV = logits_WV[row : row + chunk.num_logits]
+            row += chunk.num_logits
+            if sequence.request.prompt_logits and chunk.start < len(sequence.request.prompt):
+                self._listeners.on_prompt_logits(chunk.sequence, chunk.start + chunk.logits_from, mine_WV)
+            if sequence.ready:
+                ready.append((sequence, mine_WV[-1]))
+        return ready
+
+    def _choose_tokens(self, ready: list[tuple[Sequence, Tensor]]) -> list[int]:
+        if not ready:
+            return []
+        logits_WV = torch.stack([logits_V for _, logits_V in ready])
+        finite = logits_WV.isfinite().all(-1).tolist()
+        if not all(finite):
+            broken = ready[finite.index(False)][0]
+            raise broken_logits(broken.request.index, broken.computed - 1)
+        largest = logits_WV.argmax(-1).tolist()
+        return [
+            largest[row]
+            if sequence.request.sampling.is_argmax
+            else choose(logits_V, sequence.request.sampling, sequence.tokens, self._writers[sequence.request.index].generator)
+            for row, (sequence, logits_V) in enumerate(ready)
+        ]
+
+    def _extend(self, sequence: Sequence, token: int) -> str | None:
+        """Add a token; returns why the sequence ends with it, or None."""
+        request = sequence.request
+        sequence.tokens.append(token)
+        self._listeners.on_token(request.index, token)
+        if self._writers[request.index].push(token) or token in request.end_ids:
+            return "stop"
+        return "length" if sequence.num_generated == request.max_new_tokens else None
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        request = sequence.request
+        self._scheduler.finish(sequence)
+        writer = self._writers.pop(request.index)
+        reason = "stop" if writer.flush() else reason
+        completion = Completion(
+            prompt=request.prompt, token_ids=tuple(sequence.generated), text=writer.text, finish_reason=reason
+        )
+        self._listeners.on_done(request.index, completion)
+
+
+def generate(
+    execute: Execute,
+    requests: list[Request],
+    limits: BuildConfig,
+    *,
+    detokenizer: Callable[[], Detokenizer | None] = lambda: None,
+    listeners: Listeners | None = None,
+) -> list[Completion]:
+    """Complete ``requests`` and return the completions in their order; parameters and errors are those of :class:`Batcher`."""
+    listeners = listeners or Listeners()
+    done: dict[int, Completion] = {}
+
+    def on_done(index: int, completion: Completion) -> None:
+        done[index] = completion
+        listeners.on_done(index, completion)
+
+    batcher = Batcher(execute, limits, detokenizer=detokenizer, listeners=replace(listeners, on_done=on_done))
+    for request in requests:
+        batcher.add(request)
+    while not batcher.idle:
+        batcher.step()
+    return [done[request.index] for request in requests]
+
+
+def broken_logits(index: int, position: int) -> ArcticTrtError:
+    """What to raise for logits that are not finite."""
+    return ArcticTrtError(
+        f"The logits of prompt {index} at position {position} are not finite.",
+        "A scale of the checkpoint is probably wrong: verify it, or quantize again.",
+    )
