@@ -8,6 +8,7 @@ from torch import Tensor
 
 from arctic_trt.checkpoint.contract import parse_pretrained_config, plan_rank, rank_file, read_json
 from arctic_trt.checkpoint.layout import TensorSpec
+from arctic_trt.checkpoint.mapped import MappedFile
 from arctic_trt.checkpoint.tensors import TensorFile, describe
 from arctic_trt.errors import CheckpointError
 
@@ -40,7 +41,7 @@ class TrtCheckpoint:
             file.close()
 
 
-def check_specs(file: TensorFile, expected: list[TensorSpec], hint: str = "Was it made by another run? Quantize again.") -> None:
+def check_specs(file: TensorFile | MappedFile, expected: list[TensorSpec], hint: str = "Was it made by another run? Quantize again.") -> None:
     """Hold one rank file to its plan; raises :class:`CheckpointError` naming the first tensor that differs."""
     wanted = {spec.name: spec for spec in expected}
     for name in sorted(wanted.keys() ^ file.tensors.keys()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import parse_object
 from arctic_trt.checkpoint.output_dir import write_bytes
 from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.machine import cache_dir
 from arctic_trt.model.tokenizer import Tokenizer
 
 BUILT_IN = {"default": "default.jsonl", "heldout": "heldout.jsonl"}
@@ -44,11 +44,6 @@ def find_dataset(name: str, flag: str = "--calib_dataset") -> Path:
             "Give a .jsonl file with one sample a line, or a .txt file with one text a line.",
         )
     return _download(name, flag)
-
-
-def cache_dir() -> Path:
-    """Where this user's caches of ours lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "arctic-trt"
 
 
 def _download(name: str, flag: str) -> Path:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arctic_trt.model import layer
 from arctic_trt.model.layer import Routing
 from arctic_trt.quantize.fp8 import cast_e4m3
 
@@ -46,6 +47,15 @@ class Kernels(Protocol):
 
     def embed(self, rows_VD: Tensor, index_T: Tensor) -> Tensor:
         """Rows of a held embedding, [T, D]."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Normalised rows times ``weight_D``, [T, D]."""
+
+    def rotate(self, qkv_TNH: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
+        """Apply rotary embeddings [T, 1, H] to the first ``heads`` heads, in place."""
+
+    def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int) -> Routing:
+        """The likeliest ``top_k`` experts of each token, by a softmax over all, and their renormalised shares."""
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
         """[T, in] to float32 [T, out]."""
@@ -83,6 +93,15 @@ class CpuKernels:
 
     def embed(self, rows_VD: Tensor, index_T: Tensor) -> Tensor:
         return rows_VD.index_select(0, index_T).float()
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return layer.rms_norm(x_TD, weight_D, eps)
+
+    def rotate(self, qkv_TNH: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
+        qkv_TNH[:, :heads] = layer.apply_rotary(qkv_TNH[:, :heads], cos, sin)
+
+    def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int) -> Routing:
+        return layer.route(x_TD, router_ED, top_k)
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
         return self.partial_sum(x, projection).float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arctic_trt.model.config import ArcticConfig
-from arctic_trt.model.layer import apply_rotary, rms_norm, rotary_tables, route
+from arctic_trt.model.layer import rotary_tables
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.kernels import Kernels
@@ -78,13 +78,15 @@ class Network:
 
     def _layer(self, x_TD: Tensor, layer: int, weights: LayerWeights, packed: Packed) -> Tensor:
         eps, kernels = self.config.rms_norm_eps, self.kernels
-        attended_TD = self._attention(rms_norm(x_TD, weights.input_norm, eps), layer, weights, packed)
+        attended_TD = self._attention(kernels.rms_norm(x_TD, weights.input_norm, eps), layer, weights, packed)
         self.comm.all_reduce(attended_TD)
         sum_TD = x_TD + attended_TD.float()
-        moe_x_TD = rms_norm(x_TD, weights.post_norm, eps)
-        routing = route(moe_x_TD, weights.router, self.config.num_experts_per_tok)
+        moe_x_TD = kernels.rms_norm(x_TD, weights.post_norm, eps)
+        routing = kernels.route(moe_x_TD, weights.router, self.config.num_experts_per_tok)
         partial_TD = kernels.experts(moe_x_TD, routing, weights.expert_fc, weights.expert_proj, self._first_expert)
-        partial_TD += kernels.gated_mlp(rms_norm(sum_TD, weights.residual_norm, eps), weights.residual_fc, weights.residual_proj)
+        partial_TD += kernels.gated_mlp(
+            kernels.rms_norm(sum_TD, weights.residual_norm, eps), weights.residual_fc, weights.residual_proj
+        )
         self.comm.all_reduce(partial_TD)
         return sum_TD + partial_TD.float()
 
@@ -92,8 +94,8 @@ class Network:
         """The part [T, D] of attention's output projection that comes from this rank's heads."""
         heads, kv_heads = self._q_heads, self._kv_heads
         qkv = self.kernels.linear(x_TD, weights.qkv).view(len(x_TD), heads + 2 * kv_heads, -1)
-        rotated, v_TKH = apply_rotary(qkv[:, : heads + kv_heads], packed.cos, packed.sin), qkv[:, heads + kv_heads :]
-        q_TNH, k_TKH = rotated[:, :heads], rotated[:, heads:]
+        self.kernels.rotate(qkv, heads + kv_heads, packed.cos, packed.sin)
+        q_TNH, k_TKH, v_TKH = qkv.split((heads, kv_heads, kv_heads), 1)
         outputs, begin = [], 0
         for chunk in packed.step.chunks:
             part = slice(begin, begin + len(chunk.tokens))
@@ -108,7 +110,7 @@ class Network:
         norm, lm_head = self.weights.final_norm, self.weights.lm_head
         if norm is None or lm_head is None:
             raise RuntimeError("only the last stage has logits")
-        local = self.kernels.linear(rms_norm(x_WD, norm, self.config.rms_norm_eps), lm_head)
+        local = self.kernels.linear(self.kernels.rms_norm(x_WD, norm, self.config.rms_norm_eps), lm_head)
         return self.comm.all_gather(local)[:, : self.config.vocab_size]
 
     def _bring_to_rank_0(self, logits_WV: Tensor | None, num_logits: int) -> Tensor | None:

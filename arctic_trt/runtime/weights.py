@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from arctic_trt.checkpoint.contract import QuantFormat, rank_file
-from arctic_trt.checkpoint.tensors import TensorFile
+from arctic_trt.checkpoint.mapped import MappedFile
 from arctic_trt.checkpoint.trtllm import check_specs
 from arctic_trt.engine.config import REBUILD
 from arctic_trt.engine.torch.format import (
@@ -59,21 +59,18 @@ def load_rank(engine_dir: Path, config: ArcticConfig, rank: Rank, quant: QuantFo
     path = engine_dir / rank_file(rank.index)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist, so the engine is not complete.", REBUILD)
-    file = TensorFile(path)
-    try:
-        check_specs(file, plan_engine_rank(config, rank, quant), REBUILD)
-        first, last = rank.is_first_stage, rank.is_last_stage
-        return RankWeights(
-            layers=[_load_layer(file, layer, quant, kernels) for layer in range(len(rank.layers(config.num_hidden_layers)))],
-            embedding=kernels.hold(file.read(ENGINE_EMBEDDING)) if first else None,
-            final_norm=file.read(ENGINE_FINAL_NORM).float() if last else None,
-            lm_head=Projection(kernels.hold(file.read(ENGINE_LM_HEAD))) if last else None,
-        )
-    finally:
-        file.close()
+    file = MappedFile(path)
+    check_specs(file, plan_engine_rank(config, rank, quant), REBUILD)
+    first, last = rank.is_first_stage, rank.is_last_stage
+    return RankWeights(
+        layers=[_load_layer(file, layer, quant, kernels) for layer in range(len(rank.layers(config.num_hidden_layers)))],
+        embedding=kernels.hold(file.read(ENGINE_EMBEDDING)) if first else None,
+        final_norm=file.read(ENGINE_FINAL_NORM).float() if last else None,
+        lm_head=Projection(kernels.hold(file.read(ENGINE_LM_HEAD))) if last else None,
+    )
 
 
-def _load_layer(file: TensorFile, layer: int, quant: QuantFormat, kernels: Kernels) -> LayerWeights:
+def _load_layer(file: MappedFile, layer: int, quant: QuantFormat, kernels: Kernels) -> LayerWeights:
     def projection(name: str) -> Projection:
         full = layer_tensor(layer, name)
         weight = kernels.hold(file.read(f"{full}.weight"))

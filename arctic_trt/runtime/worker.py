@@ -11,8 +11,8 @@ from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator
-from arctic_trt.runtime.kernels import CpuKernels
 from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.native.choose import choose_kernels
 from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.step import END, Step, decode_step, encode_step
 from arctic_trt.runtime.weights import load_rank
@@ -56,7 +56,7 @@ class Worker:
 
 def load_worker(engine_dir: Path, config: ArcticConfig, quant: QuantFormat, rank: Rank, comm: Communicator) -> Worker:
     """Read the rank's weights; raises :class:`CheckpointError` for an engine file that is not there or not right."""
-    kernels = CpuKernels()
+    kernels = choose_kernels()
     weights = load_rank(engine_dir, config, rank, quant, kernels)
     cache = KvCache(
         num_layers=len(weights.layers),

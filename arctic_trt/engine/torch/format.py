@@ -18,6 +18,7 @@ from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.model.names import EMBEDDING, FINAL_NORM, KV_CACHE_SCALE, LM_HEAD, activation_scale, trt_layer, weight_scale
 
+CACHE_LINE = 64  # bytes
 ENGINE_EMBEDDING, ENGINE_FINAL_NORM, ENGINE_LM_HEAD = "embedding", "final_norm", "lm_head"
 NORMS = {
     "input_norm": "input_layernorm.weight",
@@ -72,7 +73,8 @@ def plan_engine_tensors(config: ArcticConfig, rank: Rank, quant: QuantFormat) ->
         tensors += _plan_layer(layer, source, quant)
     if rank.is_last_stage:
         tensors += [_take(ENGINE_FINAL_NORM, FINAL_NORM.trt, source), _take(ENGINE_LM_HEAD, LM_HEAD.trt, source)]
-    return tensors
+    # odd sizes last: a scale of four bytes would move the rows of all weights behind it off the cache lines
+    return sorted(tensors, key=lambda tensor: tensor.spec.num_bytes % CACHE_LINE != 0)
 
 
 def _plan_layer(layer: int, source: dict[str, TensorSpec], quant: QuantFormat) -> Iterator[EngineTensor]:

@@ -12,9 +12,9 @@ from arctic_trt import __version__
 from arctic_trt.checkpoint.header import digest_headers
 from arctic_trt.checkpoint.output_dir import check_space
 from arctic_trt.errors import RefusedError, UsageError
-from arctic_trt.machine import available_cores
+from arctic_trt.machine import available_cores, cache_dir
 from arctic_trt.model.config import ArcticConfig
-from arctic_trt.quantize.data import cache_dir, find_dataset, read_samples
+from arctic_trt.quantize.data import find_dataset, read_samples
 from arctic_trt.quantize.fingerprint import digest
 from arctic_trt.quantize.memory import BASE_BYTES, EXPERT_ROWS, MAX_DEPTH, MIN_DEPTH, MemoryPlan, default_budget, parse_size
 from arctic_trt.recipes.evaluate import EvaluateRecipe

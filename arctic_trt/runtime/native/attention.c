@@ -1,0 +1,216 @@
+/* Causal attention over a paged cache, and storing into it.
+ *
+ * C chunks of T tokens, N query heads, K KV heads, P positions a page, H head dim. A page holds keys and values of all KV heads:
+ * pages are [pages, 2, K, P, H]. Every query takes the pages of its sequence in their order with a running maximum, so its result
+ * depends on nothing but the positions it sees, however its prompt was cut into chunks.
+ */
+#include <math.h>
+
+#include "matmul.h"
+#include "pool.h"
+#include "vec.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define TILE 32 /* queries, heads of a group included, that share the unpacking of a page */
+
+static inline long up(long n, long to) { return (n + to - 1) / to * to; }
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+/* `count` elements of a page as float32, with zeros up to a whole vector. */
+INLINE void unpack_some(long kind, const void *pages, long at, long count, float *out) {
+    long whole = count / W * W;
+    for (long i = 0; i < whole; i += W) {
+        if (kind == E4M3) STORE(out + i, decode_e4m3(LOAD(vb, (const uint8_t *)pages + at + i)));
+        if (kind == BF16) STORE(out + i, widen_bf16(LOAD(vh, (const uint16_t *)pages + at + i)));
+        if (kind == F32) STORE(out + i, LOAD(vf, (const float *)pages + at + i));
+    }
+    if (whole == count) return;
+    uint8_t codes[4 * W] = {0};
+    long size = kind == E4M3 ? 1 : kind == BF16 ? 2 : 4;
+    memcpy(codes, (const uint8_t *)pages + (at + whole) * size, (count - whole) * size);
+    STORE(out + whole, kind == E4M3 ? decode_e4m3(LOAD(vb, codes)) : kind == BF16 ? widen_bf16(LOAD(vh, codes)) : LOAD(vf, codes));
+}
+
+static void unpack_row(long kind, const void *pages, long at, long count, float *out) {
+    if (kind == E4M3)
+        unpack_some(E4M3, pages, at, count, out);
+    else if (kind == BF16)
+        unpack_some(BF16, pages, at, count, out);
+    else
+        unpack_some(F32, pages, at, count, out);
+}
+
+struct attend_job {
+    const float *q;
+    const void *pages;
+    long kind, N, K, P, H, M, ldq;
+    const int32_t *start, *count, *block;
+    float key_scale, value_scale; /* of what the cache holds; the key's with 1 / sqrt(H) in it */
+    float *out;
+    const int32_t (*pieces)[3]; /* chunk, its first token among all, first token of the piece within the chunk */
+    long tokens;                /* of a piece */
+};
+
+/* What a piece works with: rows of queries and of sums, a page of keys or values, and the running softmax. */
+struct attend_room {
+    float *q, *sum, *page, *score, *most, *total;
+    long ldh, ldp;
+};
+
+static struct attend_room make_room(const struct attend_job *j, long rows) {
+    long ldh = up(j->H, W), ldp = up(j->P, W);
+    float *at = scratch(3, (2 * rows * ldh + j->P * ldh + rows * ldp + 2 * rows) * 4);
+    struct attend_room room = {at, at + rows * ldh, at + 2 * rows * ldh, 0, 0, 0, ldh, ldp};
+    room.score = room.page + j->P * ldh;
+    room.most = room.score + rows * ldp;
+    room.total = room.most + rows;
+    return room;
+}
+
+/* Scores of one query for the first `seen` positions of a page; the others count nothing. */
+static void score_page(const struct attend_room *room, long r, long seen) {
+    const float *q = room->q + r * room->ldh;
+    float *score = room->score + r * room->ldp;
+    for (long p = 0; p < seen; p += 4) {
+        const float *k[4];
+        for (int i = 0; i < 4; i++) k[i] = room->page + least(p + i, seen - 1) * room->ldh;
+        vf a = SPLAT(0), b = a, c = a, d = a;
+        for (long h = 0; h < room->ldh; h += W) {
+            vf query = LOAD(vf, q + h);
+            a += query * LOAD(vf, k[0] + h), b += query * LOAD(vf, k[1] + h);
+            c += query * LOAD(vf, k[2] + h), d += query * LOAD(vf, k[3] + h);
+        }
+        float four[4];
+        join_four(a, b, c, d, four);
+        for (int i = 0; i < 4 && p + i < seen; i++) score[p + i] = four[i];
+    }
+    for (long p = seen; p < room->ldp; p++) score[p] = -INFINITY;
+}
+
+/* Turn scores into weights against the running maximum, and rescale what was summed before. */
+static void weigh_page(const struct attend_room *room, long r) {
+    float *score = room->score + r * room->ldp, *sum = room->sum + r * room->ldh, most = room->most[r];
+    for (long p = 0; p < room->ldp; p++) most = score[p] > most || score[p] != score[p] ? score[p] : most;
+    float factor = expf(room->most[r] - most);
+    vf total = SPLAT(0);
+    for (long p = 0; p < room->ldp; p += W) {
+        vf below = LOAD(vf, score + p) - most;
+        vf weight = pick((vi)(below < SPLAT(-87.f)), SPLAT(0), exponential(below));
+        STORE(score + p, weight);
+        total += weight;
+    }
+    room->total[r] = room->total[r] * factor + join(total);
+    room->most[r] = most;
+    for (long h = 0; h < room->ldh; h += W) STORE(sum + h, LOAD(vf, sum + h) * factor);
+}
+
+static void add_values(const struct attend_room *room, long r, long seen) {
+    const float *weight = room->score + r * room->ldp;
+    for (long h = 0; h < room->ldh; h += 4 * W) {
+        float *sum = room->sum + r * room->ldh + h;
+        const float *value = room->page + h;
+        int wide = (int)least(4, (room->ldh - h) / W);
+        vf part[4];
+        for (int i = 0; i < wide; i++) part[i] = LOAD(vf, sum + i * W);
+        for (long p = 0; p < seen; p++)
+            for (int i = 0; i < wide; i++) part[i] += weight[p] * LOAD(vf, value + p * room->ldh + i * W);
+        for (int i = 0; i < wide; i++) STORE(sum + i * W, part[i]);
+    }
+}
+
+static void attend_page(const struct attend_job *j, const struct attend_room *room, long page, long head, long first_seen, long tokens) {
+    long group = j->N / j->K, last_seen = least(first_seen + tokens - 1, j->P);
+    for (int values = 0; values < 2; values++) {
+        long at = ((page * 2 + values) * j->K + head) * j->P * j->H;
+        for (long p = 0; p < last_seen; p++) unpack_row(j->kind, j->pages, at + p * j->H, j->H, room->page + p * room->ldh);
+        for (long r = 0; r < tokens * group; r++) {
+            long seen = least(first_seen + r / group, j->P);
+            if (seen <= 0) continue;
+            if (values) {
+                add_values(room, r, seen);
+            } else {
+                score_page(room, r, seen);
+                weigh_page(room, r);
+            }
+        }
+    }
+}
+
+static void attend_piece(void *job, long index) {
+    const struct attend_job *j = job;
+    const int32_t *piece = j->pieces[index / j->K];
+    long head = index % j->K, group = j->N / j->K, chunk = piece[0], first = piece[2], start = j->start[chunk] + first;
+    long tokens = least(j->tokens, j->count[chunk] - first), rows = tokens * group, row0 = piece[1] + first;
+    struct attend_room room = make_room(j, rows);
+    for (long r = 0; r < rows; r++) {
+        const float *q = j->q + (row0 + r / group) * j->ldq + (head * group + r % group) * j->H;
+        for (long h = 0; h < room.ldh; h++) room.q[r * room.ldh + h] = h < j->H ? q[h] * j->key_scale : 0;
+        room.most[r] = -INFINITY;
+        room.total[r] = 0;
+    }
+    memset(room.sum, 0, rows * room.ldh * 4);
+    for (long p = 0; p < start + tokens; p += j->P)
+        attend_page(j, &room, j->block[chunk * j->M + p / j->P], head, start + 1 - p, tokens);
+    for (long r = 0; r < rows; r++) {
+        float *out = j->out + ((row0 + r / group) * j->N + head * group + r % group) * j->H;
+        for (long h = 0; h < j->H; h++) out[h] = room.sum[r * room.ldh + h] / room.total[r] * j->value_scale;
+    }
+}
+
+/* out [T, N * H] for queries q [T, ldq], of which the first N * H are used; block is [C, M]. */
+EXPORT void attend(const float *q, const void *pages, long kind, long N, long K, long P, long H, const int32_t *start,
+                   const int32_t *count, const int32_t *block, long C, long M, long ldq, const float *scale, float *out) {
+    float factor = scale ? *scale : 1;
+    long tokens = TILE / (N / K) > 0 ? TILE / (N / K) : 1, num = 0, token = 0;
+    for (long c = 0; c < C; c++) num += (count[c] + tokens - 1) / tokens;
+    int32_t(*pieces)[3] = scratch(2, num * sizeof *pieces);
+    num = 0;
+    for (long c = 0; c < C; token += count[c], c++)
+        for (long first = 0; first < count[c]; first += tokens) {
+            pieces[num][0] = c, pieces[num][1] = token, pieces[num][2] = first;
+            num++;
+        }
+    struct attend_job job = {q, pages, kind, N, K, P, H, M, ldq, start, count, block, factor / sqrtf(H), factor, out,
+                             (const int32_t(*)[3])pieces, tokens};
+    run_pieces(attend_piece, &job, num * K);
+}
+
+struct store_job {
+    const float *k, *v;
+    void *pages;
+    const int64_t *slot;
+    long K, P, H, ld, kind;
+    float scale;
+};
+
+static void store_piece(void *job, long t) {
+    const struct store_job *j = job;
+    long page = j->slot[t] / j->P, position = j->slot[t] % j->P;
+    for (int values = 0; values < 2; values++)
+        for (long head = 0; head < j->K; head++) {
+            const float *x = (values ? j->v : j->k) + t * j->ld + head * j->H;
+            long at = (((page * 2 + values) * j->K + head) * j->P + position) * j->H;
+            for (long h = 0; h < j->H; h += W) {
+                float some[W] = {0};
+                long count = least(W, j->H - h);
+                memcpy(some, x + h, count * 4);
+                if (j->kind == F32) {
+                    memcpy((float *)j->pages + at + h, some, count * 4);
+                } else if (j->kind == BF16) {
+                    vu bits = LOAD(vu, some);
+                    vh rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
+                    memcpy((uint16_t *)j->pages + at + h, &rounded, count * 2);
+                } else {
+                    vb codes = encode_e4m3(round_e4m3(LOAD(vf, some) / j->scale));
+                    memcpy((uint8_t *)j->pages + at + h, &codes, count);
+                }
+            }
+        }
+}
+
+/* Keys and values, K heads of each of T rows that are `ld` apart, into positions slot[t] = page * P + offset. */
+EXPORT void store_kv(const float *k, const float *v, void *pages, const int64_t *slot, long T, long K, long P, long H, long ld,
+                     long kind, const float *scale) {
+    struct store_job job = {k, v, pages, slot, K, P, H, ld, kind, scale ? *scale : 1};
+    run_pieces(store_piece, &job, T);
+}

@@ -1,0 +1,331 @@
+#include "matmul.h"
+
+#include "pool.h"
+#include "vec.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#define FAST_E4M3 1
+#else
+#define FAST_E4M3 0
+#endif
+
+#define PANEL_BYTES (256 << 10) /* of unpacked weights, to stay in a core's second-level cache */
+#define DIRECT_ROWS 4           /* up to so many rows of x, unpacking weights as they come costs less than keeping them */
+
+static inline long up(long n, long to) { return (n + to - 1) / to * to; }
+
+static inline long element_bytes(long kind) { return kind == E4M3 ? 1 : kind == BF16 ? 2 : 4; }
+
+INLINE void put(struct sink to, long m, long n, long count, const float *sums, float alpha) {
+    float *y = to.y + (to.row ? to.row[m] : m) * to.ld + n;
+    for (long i = 0; i < count; i++) {
+        float value = sums[i] * alpha;
+        y[i] = to.share ? y[i] + value * to.share[m] : value;
+    }
+}
+
+/* ---- float32 lanes: any processor, any kind ---- */
+
+INLINE vf lanes(long kind, const void *row, long k) {
+    if (kind == E4M3) return decode_e4m3(LOAD(vb, (const uint8_t *)row + k));
+    if (kind == BF16) return widen_bf16(LOAD(vh, (const uint16_t *)row + k));
+    return LOAD(vf, (const float *)row + k);
+}
+
+/* The last K % W elements of a row, zeros behind them. */
+static vf last_lanes(long kind, const void *row, long k, long K) {
+    uint8_t rest[4 * W] = {0};
+    long size = element_bytes(kind);
+    memcpy(rest, (const uint8_t *)row + k * size, (K - k) * size);
+    return lanes(kind, rest, 0);
+}
+
+/* TILE_COLS rows of weights with `rows` rows of x, all in float32; ldw in elements, x rows are padded to W. */
+INLINE void tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int cols, long K, float sums[][TILE_COLS]) {
+    vf sum[rows][TILE_COLS];
+    const uint8_t *row[TILE_COLS];
+    for (int c = 0; c < TILE_COLS; c++) row[c] = (const uint8_t *)w + (c < cols ? c : 0) * ldw * element_bytes(kind);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = SPLAT(0);
+    long whole = K / W * W;
+    for (long k = 0; k < whole; k += W) {
+        vf weight[TILE_COLS];
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_COLS; c++) {
+            if (kind != F32 || rows <= DIRECT_ROWS) __builtin_prefetch(row[c] + (k + ldw * TILE_COLS) * element_bytes(kind));
+            weight[c] = lanes(kind, row[c], k);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf a = LOAD(vf, x + r * ldx + k);
+#pragma GCC unroll 8
+            for (int c = 0; c < TILE_COLS; c++) sum[r][c] += a * weight[c];
+        }
+    }
+    if (whole < K)
+        for (int c = 0; c < TILE_COLS; c++) {
+            vf weight = last_lanes(kind, row[c], whole, K);
+            for (int r = 0; r < rows; r++) sum[r][c] += LOAD(vf, x + r * ldx + whole) * weight;
+        }
+    for (int r = 0; r < rows; r++) join_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums[r]);
+}
+
+#define TILES_F32(kind, rows, ...)                                                                     \
+    switch (rows) {                                                                                    \
+        case 1: tile_f32(kind, 1, __VA_ARGS__); break;                                                 \
+        case 2: tile_f32(kind, 2, __VA_ARGS__); break;                                                 \
+        case 3: tile_f32(kind, 3, __VA_ARGS__); break;                                                 \
+        case 4: tile_f32(kind, 4, __VA_ARGS__); break;                                                 \
+        case 5: tile_f32(kind, 5, __VA_ARGS__); break;                                                 \
+        default: tile_f32(kind, 6, __VA_ARGS__);                                                       \
+    }
+
+static void any_tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int cols, long K, float sums[][TILE_COLS]) {
+    if (kind == E4M3) {
+        TILES_F32(E4M3, rows, x, ldx, w, ldw, cols, K, sums)
+    } else if (kind == BF16) {
+        TILES_F32(BF16, rows, x, ldx, w, ldw, cols, K, sums)
+    } else {
+        TILES_F32(F32, rows, x, ldx, w, ldw, cols, K, sums)
+    }
+}
+
+static const void *panel_f32(long kind, const void *w, long rows, long K) {
+    long ld = up(K, W), size = element_bytes(kind);
+    float *panel = scratch(0, rows * ld * 4);
+    for (long r = 0; r < rows; r++) {
+        const uint8_t *row = (const uint8_t *)w + r * K * size;
+        for (long k = 0; k < K / W * W; k += W) STORE(panel + r * ld + k, lanes(kind, row, k));
+        if (K % W) STORE(panel + r * ld + K / W * W, last_lanes(kind, row, K / W * W, K));
+    }
+    return panel;
+}
+
+static void multiply_f32(const float *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
+    long ldx = up(w->K, W), size = element_bytes(w->kind);
+    int direct = M <= DIRECT_ROWS || w->kind == F32;
+    long panel_rows = direct ? n1 - n0 : up(PANEL_BYTES / (ldx * 4) + 1, TILE_COLS);
+    for (long p0 = n0; p0 < n1; p0 += panel_rows) {
+        long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
+        const uint8_t *panel = (const uint8_t *)w->data + p0 * w->K * size;
+        if (!direct) panel = panel_f32(w->kind, panel, p1 - p0, w->K);
+        long kind = direct ? w->kind : F32, ldw = direct ? w->K : ldx, K = direct ? w->K : ldx;
+        int tile = direct && M <= DIRECT_ROWS ? DIRECT_ROWS : TILE_ROWS;
+        for (long m = 0; m < M; m += tile)
+            for (long n = p0; n < p1; n += TILE_COLS) {
+                int rows = M - m < tile ? M - m : tile, cols = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
+                float sums[6][TILE_COLS];
+                any_tile_f32(kind, rows, x + m * ldx, ldx, panel + (n - p0) * ldw * element_bytes(kind), ldw, cols, K, sums);
+                for (int r = 0; r < rows; r++) put(to, m + r, n, cols, sums[r], w->alpha);
+            }
+    }
+}
+
+/* ---- e4m3 with AVX-512: 64 codes become 64 bf16 values by table, and vdpbf16ps multiplies them ---- */
+
+#if FAST_E4M3
+
+#define CHUNK 64 /* codes that are unpacked together; x is laid out in the order in which they come out */
+
+struct tables {
+    __m512i high0, high1, low0, low1, sign;
+};
+
+/* Upper and lower byte of the bf16 values of the codes 0 to 127; the sign is put in afterwards. */
+INLINE struct tables load_tables(void) {
+    static uint8_t high[128], low[128];
+    static int ready;
+    if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) { /* threads that come here together write the same bytes */
+        for (int code = 0; code < 128; code += W) {
+            uint8_t codes[W];
+            uint32_t bits[W];
+            for (int i = 0; i < W; i++) codes[i] = code + i;
+            STORE(bits, decode_e4m3(LOAD(vb, codes)));
+            for (int i = 0; i < W; i++) high[code + i] = bits[i] >> 24, low[code + i] = bits[i] >> 16;
+        }
+        __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
+    }
+    return (struct tables){_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64), _mm512_loadu_si512(low),
+                           _mm512_loadu_si512(low + 64), _mm512_set1_epi8((char)0x80)};
+}
+
+INLINE void unpack(const struct tables *t, __m512i codes, __m512i *first, __m512i *second) {
+    __m512i high = _mm512_permutex2var_epi8(t->high0, codes, t->high1);
+    __m512i low = _mm512_permutex2var_epi8(t->low0, codes, t->low1);
+    high = _mm512_ternarylogic_epi32(high, codes, t->sign, 0xf8); /* high | (codes & sign) */
+    *first = _mm512_unpacklo_epi8(low, high);
+    *second = _mm512_unpackhi_epi8(low, high);
+}
+
+INLINE __m512i some_codes(const uint8_t *from, long count) {
+    return count >= CHUNK ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, from);
+}
+
+/* `rows` rows of x with TILE_COLS rows of codes that are unpacked on the way. The cache lines of the next TILE_COLS rows are
+ * asked for in the order in which they lie: four streams at once are too much for the memory. */
+INLINE void tile_codes(const struct tables *t, int rows, const uint16_t *x, long ldx, const uint8_t *w, int cols, long K,
+                       const uint8_t *ahead, float sums[][TILE_COLS]) {
+    __m512 sum[rows][TILE_COLS];
+    const uint8_t *row[TILE_COLS];
+    for (int c = 0; c < TILE_COLS; c++) row[c] = w + (c < cols ? c : 0) * K;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += CHUNK) {
+        __m512bh a[rows], b[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            a[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
+            b[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + k + CHUNK / 2);
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_COLS; c++) {
+            __m512i first, second;
+            _mm_prefetch((const char *)(ahead + k * TILE_COLS + c * 64), _MM_HINT_T0);
+            unpack(t, some_codes(row[c] + k, K - k), &first, &second);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a[r], (__m512bh)first);
+                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], b[r], (__m512bh)second);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
+}
+
+/* The same products in the same order, of rows that have been unpacked; K is a multiple of CHUNK. */
+INLINE void tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long K, float sums[][TILE_COLS]) {
+    __m512 sum[rows][TILE_COLS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += CHUNK / 2) {
+        __m512bh weight[TILE_COLS];
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_COLS; c++) weight[c] = (__m512bh)_mm512_load_si512(w + c * K + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
+#pragma GCC unroll 8
+            for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a, weight[c]);
+        }
+    }
+    for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
+}
+
+static void any_tile_codes(const struct tables *t, int rows, const uint16_t *x, long ldx, const uint8_t *w, int cols, long K,
+                           const uint8_t *ahead, float sums[][TILE_COLS]) {
+    switch (rows) {
+        case 1: tile_codes(t, 1, x, ldx, w, cols, K, ahead, sums); break;
+        case 2: tile_codes(t, 2, x, ldx, w, cols, K, ahead, sums); break;
+        case 3: tile_codes(t, 3, x, ldx, w, cols, K, ahead, sums); break;
+        default: tile_codes(t, 4, x, ldx, w, cols, K, ahead, sums);
+    }
+}
+
+static void any_tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long K, float sums[][TILE_COLS]) {
+    switch (rows) {
+        case 1: tile_bf16(1, x, ldx, w, K, sums); break;
+        case 2: tile_bf16(2, x, ldx, w, K, sums); break;
+        case 3: tile_bf16(3, x, ldx, w, K, sums); break;
+        case 4: tile_bf16(4, x, ldx, w, K, sums); break;
+        case 5: tile_bf16(5, x, ldx, w, K, sums); break;
+        default: tile_bf16(6, x, ldx, w, K, sums);
+    }
+}
+
+static const uint16_t *panel_bf16(const struct tables *t, const uint8_t *w, long rows, long K) {
+    long ld = up(K, CHUNK), padded = up(rows, TILE_COLS);
+    uint16_t *panel = scratch(0, padded * ld * 2);
+    for (long r = 0; r < padded; r++)
+        for (long k = 0; k < K; k += CHUNK) {
+            __m512i first, second;
+            unpack(t, some_codes(w + (r < rows ? r : 0) * K + k, K - k), &first, &second);
+            _mm512_store_si512(panel + r * ld + k, first);
+            _mm512_store_si512(panel + r * ld + k + CHUNK / 2, second);
+        }
+    return panel;
+}
+
+static void multiply_e4m3_directly(const uint16_t *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
+    struct tables t = load_tables();
+    long ldx = up(w->K, CHUNK);
+    for (long n = n0; n < n1; n += TILE_COLS) {
+        const uint8_t *row = (const uint8_t *)w->data + n * w->K;
+        const uint8_t *ahead = n + TILE_COLS < n1 ? row + TILE_COLS * w->K : row;
+        int cols = n1 - n < TILE_COLS ? n1 - n : TILE_COLS;
+        float sums[DIRECT_ROWS][TILE_COLS];
+        any_tile_codes(&t, M, x, ldx, row, cols, w->K, ahead, sums);
+        for (int r = 0; r < M; r++) put(to, r, n, cols, sums[r], w->alpha);
+    }
+}
+
+static void multiply_e4m3(const uint16_t *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
+    if (M <= DIRECT_ROWS) {
+        multiply_e4m3_directly(x, M, w, n0, n1, to);
+        return;
+    }
+    struct tables t = load_tables();
+    long ld = up(w->K, CHUNK), panel_rows = up(PANEL_BYTES / (ld * 2) + 1, TILE_COLS);
+    for (long p0 = n0; p0 < n1; p0 += panel_rows) {
+        long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
+        const uint16_t *panel = panel_bf16(&t, (const uint8_t *)w->data + p0 * w->K, p1 - p0, w->K);
+        for (long m = 0; m < M; m += TILE_ROWS)
+            for (long n = p0; n < p1; n += TILE_COLS) {
+                int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS, cols = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
+                float sums[TILE_ROWS][TILE_COLS];
+                any_tile_bf16(rows, x + m * ld, ld, panel + (n - p0) * ld, ld, sums);
+                for (int r = 0; r < rows; r++) put(to, m + r, n, cols, sums[r], w->alpha);
+            }
+    }
+}
+
+static void prepare_e4m3(const float *x, long K, float scale, uint16_t *out) {
+    for (long k = 0; k < K; k += CHUNK) {
+        float values[CHUNK] = {0};
+        uint16_t codes[CHUNK];
+        memcpy(values, x + k, (K - k < CHUNK ? K - k : CHUNK) * 4);
+        for (int i = 0; i < CHUNK; i += W)
+            STORE(codes + i, __builtin_convertvector((vu)round_e4m3(LOAD(vf, values + i) / scale) >> 16, vh));
+        for (int group = 0; group < 8; group++) /* the order in which `unpack` brings the weights */
+            memcpy(out + k + group % 2 * 32 + group / 2 * 8, codes + group * 8, 16);
+    }
+}
+
+#endif
+
+/* ---- either ---- */
+
+long prepared_bytes(long kind, long K) {
+    (void)kind;
+#if FAST_E4M3
+    if (kind == E4M3) return up(K, CHUNK) * 2;
+#endif
+    return up(K, W) * 4;
+}
+
+void prepare(long kind, const float *x, const int32_t *from, long M, long K, float scale, void *prepared) {
+    long ld = prepared_bytes(kind, K);
+    for (long m = 0; m < M; m++) {
+        const float *row = x + (from ? from[m] : m) * K;
+        void *out = (uint8_t *)prepared + m * ld;
+#if FAST_E4M3
+        if (kind == E4M3) {
+            prepare_e4m3(row, K, scale, out);
+            continue;
+        }
+#endif
+        memcpy(out, row, K * 4);
+        memset((float *)out + K, 0, ld - K * 4);
+        if (kind == E4M3)
+            for (float *at = out; at < (float *)out + ld / 4; at += W) STORE(at, round_e4m3(LOAD(vf, at) / scale));
+    }
+}
+
+void multiply(const void *prepared, long M, const struct weights *w, long n0, long n1, struct sink to) {
+#if FAST_E4M3
+    if (w->kind == E4M3) {
+        multiply_e4m3(prepared, M, w, n0, n1, to);
+        return;
+    }
+#endif
+    multiply_f32(prepared, M, w, n0, n1, to);
+}

@@ -1,0 +1,31 @@
+/* Products of activations with weights that lie row by row as the engine file has them. */
+#pragma once
+#include <stdint.h>
+
+enum kind { E4M3, BF16, F32 }; /* of the weights */
+
+/* Rows of weights [N, K], K consecutive elements each; `alpha` scales the products. */
+struct weights {
+    const void *data;
+    long kind, N, K;
+    float alpha;
+};
+
+/* Where products go: row m of them to row `row[m]` of y, times share[m]; added to what is there if share is given.
+ * Both may be NULL: row m then goes to row m. */
+struct sink {
+    float *y;
+    long ld;
+    const int32_t *row;
+    const float *share;
+};
+
+/* Bytes that a prepared row of K elements takes. */
+long prepared_bytes(long kind, long K);
+
+/* Bring row(s) of x [M, K] into the form in which they are multiplied: rounded to e4m3 after division by `scale` where the
+ * weights are e4m3. `from` picks rows of x (NULL: all in order). Runs in the calling thread. */
+void prepare(long kind, const float *x, const int32_t *from, long M, long K, float scale, void *prepared);
+
+/* Rows n0 to n1 of the weights with M prepared rows; runs in the calling thread. */
+void multiply(const void *prepared, long M, const struct weights *w, long n0, long n1, struct sink to);

@@ -1,0 +1,324 @@
+/* What Python calls: norms, routing, rotation and the projections, each shared out over the threads of the pool.
+ *
+ * T tokens, D hidden, F ffn, E experts, N rows and K columns of weights. Activations are float32 rows without gaps.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "matmul.h"
+#include "pool.h"
+#include "vec.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time */
+#define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long pieces_of(long n, long piece) { return (n + piece - 1) / piece; }
+
+/* Scales come as pointers into the engine file; weights without scales have none. */
+static inline float value_of(const float *scale) { return scale ? *scale : 1; }
+
+/* ---- small things, a row at a time ---- */
+
+struct norm_job {
+    const float *x, *weight;
+    float *y;
+    long T, D;
+    float eps;
+};
+
+static void norm_piece(void *job, long t) {
+    const struct norm_job *j = job;
+    const float *x = j->x + t * j->D;
+    float *y = j->y + t * j->D, squares = 0;
+    long whole = j->D / W * W;
+    vf sum = SPLAT(0);
+    for (long d = 0; d < whole; d += W) sum += LOAD(vf, x + d) * LOAD(vf, x + d);
+    for (long d = whole; d < j->D; d++) squares += x[d] * x[d];
+    float factor = 1.f / sqrtf((join(sum) + squares) / j->D + j->eps);
+    for (long d = 0; d < whole; d += W) STORE(y + d, LOAD(vf, x + d) * factor * LOAD(vf, j->weight + d));
+    for (long d = whole; d < j->D; d++) y[d] = x[d] * factor * j->weight[d];
+}
+
+static void run_rows(piece_fn piece, void *job, long rows, long columns) {
+    if (rows * columns < 1 << 15) {
+        for (long row = 0; row < rows; row++) piece(job, row); /* less work than waking anybody */
+        return;
+    }
+    run_pieces(piece, job, rows);
+}
+
+EXPORT void rms_norm(const float *x, const float *weight, float *y, long T, long D, float eps) {
+    struct norm_job job = {x, weight, y, T, D, eps};
+    run_rows(norm_piece, &job, T, D);
+}
+
+struct rotary_job {
+    float *x;
+    const float *cos, *sin;
+    long heads, stride, H;
+};
+
+static void rotary_piece(void *job, long t) {
+    const struct rotary_job *j = job;
+    const float *cos = j->cos + t * j->H, *sin = j->sin + t * j->H;
+    long half = j->H / 2;
+    for (long head = 0; head < j->heads; head++) {
+        float *RESTRICT left = j->x + t * j->stride + head * j->H, *RESTRICT right = left + half;
+        for (long h = 0; h < half; h++) {
+            float a = left[h], b = right[h];
+            left[h] = a * cos[h] - b * sin[h];
+            right[h] = b * cos[half + h] + a * sin[half + h];
+        }
+    }
+}
+
+/* Rotate the first `heads` heads of each row of x [T, stride] in place; cos and sin are [T, H]. */
+EXPORT void rotary(float *x, const float *cos, const float *sin, long T, long heads, long stride, long H) {
+    struct rotary_job job = {x, cos, sin, heads, stride, H};
+    run_rows(rotary_piece, &job, T, heads * H);
+}
+
+struct route_job {
+    const float *logits;
+    int64_t *chosen;
+    float *share;
+    long E, top;
+};
+
+static void route_piece(void *job, long t) {
+    const struct route_job *j = job;
+    const float *logits = j->logits + t * j->E;
+    int64_t *chosen = j->chosen + t * j->top;
+    float *share = j->share + t * j->top, largest = logits[0], all = 0, taken = 0;
+    for (long e = 1; e < j->E; e++) largest = logits[e] > largest ? logits[e] : largest;
+    for (long e = 0; e < j->E; e++) all += expf(logits[e] - largest);
+    for (long k = 0; k < j->top; k++) {
+        long best = -1;
+        for (long e = 0; e < j->E; e++) {
+            int free = 1;
+            for (long i = 0; i < k; i++) free &= chosen[i] != e;
+            if (free && (best < 0 || logits[e] > logits[best])) best = e;
+        }
+        chosen[k] = best;
+        share[k] = expf(logits[best] - largest) / all;
+        taken += share[k];
+    }
+    for (long k = 0; k < j->top && j->top > 1; k++) share[k] /= taken;
+}
+
+/* ---- projections ---- */
+
+struct project_job {
+    const struct weights *w;
+    const void *x;
+    long M;
+    struct sink to;
+};
+
+static void project_piece(void *job, long piece) {
+    const struct project_job *j = job;
+    long n0 = piece * PIECE_ROWS;
+    multiply(j->x, j->M, j->w, n0, least(n0 + PIECE_ROWS, j->w->N), j->to);
+}
+
+struct prepare_job {
+    long kind, K;
+    const float *x;
+    float scale;
+    void *out;
+};
+
+static void prepare_piece(void *job, long m) {
+    const struct prepare_job *j = job;
+    prepare(j->kind, j->x + m * j->K, NULL, 1, j->K, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->K));
+}
+
+static const void *prepare_rows(int slot, long kind, const float *x, long M, long K, float scale) {
+    void *out = scratch(slot, M * prepared_bytes(kind, K));
+    struct prepare_job job = {kind, K, x, scale, out};
+    run_rows(prepare_piece, &job, M, K);
+    return out;
+}
+
+/* y [M, N] = alpha * (x [M, K] rounded by scale) times the rows of w [N, K]. */
+EXPORT void project(const float *x, long M, const void *data, long kind, long N, long K, const float *scale,
+                    const float *alpha, float *y) {
+    struct weights w = {data, kind, N, K, value_of(alpha)};
+    for (long m = 0; m < M; m += BLOCK_TOKENS) {
+        long rows = least(BLOCK_TOKENS, M - m);
+        struct project_job job = {&w, prepare_rows(1, kind, x + m * K, rows, K, value_of(scale)), rows, {y + m * N, N, NULL, NULL}};
+        run_pieces(project_piece, &job, pieces_of(N, PIECE_ROWS));
+    }
+}
+
+/* chosen and share [T, top]: the likeliest experts by the softmax over w [E, D] times x, their shares adding up to 1. */
+EXPORT void route(const float *x, long T, const void *data, long kind, long E, long D, long top, int64_t *chosen, float *share) {
+    float *logits = scratch(2, T * E * 4);
+    project(x, T, data, kind, E, D, NULL, NULL, logits);
+    struct route_job job = {logits, chosen, share, E, top};
+    for (long t = 0; t < T; t++) route_piece(&job, t);
+}
+
+struct gate_job {
+    const float *h; /* [M, 2F] */
+    long F, kind, second;
+    float scale;
+    void *out;
+};
+
+/* silu(one half) * other half of a row, prepared for the next product; the second half goes through SiLU if `second`. */
+static void gate_piece(void *job, long m) {
+    const struct gate_job *j = job;
+    float *inner = scratch(3, (j->F + W) * 4);
+    const float *first = j->h + m * 2 * j->F, *last = first + j->F;
+    const float *through = j->second ? last : first, *plain = j->second ? first : last;
+    long f = 0;
+    for (; f + W <= j->F; f += W) STORE(inner + f, silu(LOAD(vf, through + f)) * LOAD(vf, plain + f));
+    if (f < j->F) {
+        float a[W] = {0}, b[W] = {0};
+        memcpy(a, through + f, (j->F - f) * 4);
+        memcpy(b, plain + f, (j->F - f) * 4);
+        STORE(inner + f, silu(LOAD(vf, a)) * LOAD(vf, b));
+    }
+    prepare(j->kind, inner, NULL, 1, j->F, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->F));
+}
+
+/* One gated MLP: y [M, D] = proj(silu(a) * b), a the first F rows of fc and b its others. */
+EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, long fc_kind, const float *fc_scale,
+                      const float *fc_alpha, const void *proj, long proj_kind, const float *proj_scale, const float *proj_alpha, float *y) {
+    struct weights up = {fc, fc_kind, 2 * F, D, value_of(fc_alpha)}, down = {proj, proj_kind, D, F, value_of(proj_alpha)};
+    for (long m = 0; m < M; m += BLOCK_TOKENS) {
+        long rows = least(BLOCK_TOKENS, M - m);
+        float *h = scratch(4, rows * 2 * F * 4);
+        struct project_job into = {&up, prepare_rows(1, fc_kind, x + m * D, rows, D, value_of(fc_scale)), rows, {h, 2 * F, NULL, NULL}};
+        run_pieces(project_piece, &into, pieces_of(2 * F, PIECE_ROWS));
+        void *inner = scratch(5, rows * prepared_bytes(proj_kind, F));
+        struct gate_job gate = {h, F, proj_kind, 0, value_of(proj_scale), inner};
+        run_rows(gate_piece, &gate, rows, 4 * F);
+        struct project_job back = {&down, inner, rows, {y + m * D, D, NULL, NULL}};
+        run_pieces(project_piece, &back, pieces_of(D, PIECE_ROWS));
+    }
+}
+
+/* ---- experts ---- */
+
+struct experts_job {
+    const struct weights *fc, *proj; /* one for each expert that is held */
+    const int32_t *begin;            /* [E + 1]: where each expert's tokens begin in the lists below */
+    const int32_t *token;
+    const float *share;
+    const int32_t *busy; /* experts that have tokens */
+    long num_busy, pieces_each;
+    const void *x; /* prepared rows of all tokens, in the order of the lists */
+    long x_bytes, inner_bytes;
+    float *h, *y;
+    void *inner;
+};
+
+static void expert_fc_piece(void *job, long piece) {
+    const struct experts_job *j = job;
+    long e = j->busy[piece / j->pieces_each], first = j->begin[e], n0 = piece % j->pieces_each * PIECE_ROWS;
+    const struct weights *w = j->fc + e;
+    struct sink to = {j->h + first * w->N, w->N, NULL, NULL};
+    multiply((const uint8_t *)j->x + first * j->x_bytes, j->begin[e + 1] - first, w, n0, least(n0 + PIECE_ROWS, w->N), to);
+}
+
+/* A piece is some columns of y for all experts, so that every token adds up its experts in ascending order. */
+static void expert_proj_piece(void *job, long piece) {
+    const struct experts_job *j = job;
+    long n0 = piece * PIECE_ROWS;
+    for (long i = 0; i < j->num_busy; i++) {
+        long e = j->busy[i], first = j->begin[e];
+        const struct weights *w = j->proj + e;
+        struct sink to = {j->y, w->N, j->token + first, j->share + first};
+        multiply((const uint8_t *)j->inner + first * j->inner_bytes, j->begin[e + 1] - first, w, n0, least(n0 + PIECE_ROWS, w->N), to);
+    }
+}
+
+/* Lists the tokens of each expert held, ascending; fills begin, token, share and busy, and returns how many are busy. */
+static long group(const int64_t *chosen, const float *given, long T, long top, long first, long E, int32_t *begin, int32_t *token,
+                  float *share, int32_t *busy) {
+    long num_busy = 0;
+    memset(begin, 0, (E + 2) * 4);
+    for (long i = 0; i < T * top; i++)
+        if (chosen[i] >= first && chosen[i] < first + E) begin[chosen[i] - first + 2]++;
+    for (long e = 0; e < E; e++) {
+        if (begin[e + 2]) busy[num_busy++] = e;
+        begin[e + 2] += begin[e + 1];
+    }
+    for (long i = 0; i < T * top; i++) {
+        if (chosen[i] < first || chosen[i] >= first + E) continue;
+        int32_t at = begin[chosen[i] - first + 1]++; /* ends where the next expert's list begins */
+        token[at] = i / top;
+        share[at] = given[i];
+    }
+    return num_busy;
+}
+
+static void some_experts(const float *x, long T, long D, long F, const int64_t *chosen, const float *given, long top, long first, long E,
+                         const struct weights *fc, float fc_scale, const struct weights *proj, float proj_scale, float *y) {
+    int32_t *begin = scratch(6, ((E + 2) + E + T * top) * 4 + T * top * 4), *busy = begin + E + 2, *token = busy + E;
+    float *share = (float *)(token + T * top);
+    long num_busy = group(chosen, given, T, top, first, E, begin, token, share, busy), pairs = begin[E];
+    long x_bytes = prepared_bytes(fc->kind, D), inner_bytes = prepared_bytes(proj->kind, F);
+    uint8_t *rows = scratch(7, pairs * x_bytes);
+    const uint8_t *prepared = prepare_rows(1, fc->kind, x, T, D, fc_scale);
+    for (long i = 0; i < pairs; i++) memcpy(rows + i * x_bytes, prepared + token[i] * x_bytes, x_bytes);
+    struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, pieces_of(2 * F, PIECE_ROWS), rows, x_bytes, inner_bytes,
+                              scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
+    run_pieces(expert_fc_piece, &job, num_busy * job.pieces_each);
+    struct gate_job gate = {job.h, F, proj->kind, 1, proj_scale, job.inner};
+    run_rows(gate_piece, &gate, pairs, 4 * F);
+    run_pieces(expert_proj_piece, &job, pieces_of(D, PIECE_ROWS));
+}
+
+/* y [T, D] += the weighted outputs of the chosen experts among the E from `first` on. fc is [E, 2F, D], its last F rows go
+ * through SiLU; proj is [E, D, F]; the alphas are [E], NULL for weights without scales. */
+EXPORT void experts(const float *x, long T, long D, long F, const int64_t *chosen, const float *share, long top, long first, long E,
+                    const void *fc, long fc_kind, const float *fc_scale, const float *fc_alpha, const void *proj,
+                    long proj_kind, const float *proj_scale, const float *proj_alpha, float *y) {
+    struct weights *up = malloc(2 * E * sizeof *up), *down = up + E;
+    if (!up) abort();
+    long fc_bytes = 2 * F * D * (fc_kind == E4M3 ? 1 : 2), proj_bytes = D * F * (proj_kind == E4M3 ? 1 : 2);
+    for (long e = 0; e < E; e++) {
+        up[e] = (struct weights){(const uint8_t *)fc + e * fc_bytes, fc_kind, 2 * F, D, fc_alpha ? fc_alpha[e] : 1};
+        down[e] = (struct weights){(const uint8_t *)proj + e * proj_bytes, proj_kind, D, F, proj_alpha ? proj_alpha[e] : 1};
+    }
+    for (long t = 0; t < T; t += BLOCK_TOKENS)
+        some_experts(x + t * D, least(BLOCK_TOKENS, T - t), D, F, chosen + t * top, share + t * top, top, first, E, up, value_of(fc_scale),
+                     down, value_of(proj_scale), y + t * D);
+    free(up);
+}
+
+/* ---- measuring ---- */
+
+struct read_job {
+    const uint8_t *data;
+    long bytes;
+    long *sums;
+};
+
+static void read_piece(void *job, long piece) {
+    const struct read_job *j = job;
+    long begin = piece * (1 << 20), end = least(begin + (1 << 20), j->bytes);
+    vi a = {0}, b = {0}, c = {0}, d = {0};
+    for (long i = begin; i + 16 * W <= end; i += 16 * W) {
+        a ^= LOAD(vi, j->data + i), b ^= LOAD(vi, j->data + i + 4 * W);
+        c ^= LOAD(vi, j->data + i + 8 * W), d ^= LOAD(vi, j->data + i + 12 * W);
+    }
+    a ^= b ^ c ^ d;
+    for (int i = 0; i < W; i++) j->sums[piece] += a[i];
+}
+
+/* Read `bytes` of memory with all threads; what is returned depends on every byte. */
+EXPORT long read_memory(const void *data, long bytes) {
+    long pieces = pieces_of(bytes, 1 << 20), sum = 0, *sums = calloc(pieces, sizeof *sums);
+    if (!sums) abort();
+    struct read_job job = {data, bytes, sums};
+    run_pieces(read_piece, &job, pieces);
+    for (long i = 0; i < pieces; i++) sum += sums[i];
+    free(sums);
+    return sum;
+}
