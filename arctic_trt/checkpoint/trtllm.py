@@ -41,7 +41,9 @@ class TrtCheckpoint:
             file.close()
 
 
-def check_specs(file: TensorFile | MappedFile, expected: list[TensorSpec], hint: str = "Was it made by another run? Quantize again.") -> None:
+def check_specs(
+    file: TensorFile | MappedFile, expected: list[TensorSpec], hint: str = "Was it made by another run? Quantize again."
+) -> None:
     """Hold one rank file to its plan; raises :class:`CheckpointError` naming the first tensor that differs."""
     wanted = {spec.name: spec for spec in expected}
     for name in sorted(wanted.keys() ^ file.tensors.keys()):

@@ -14,8 +14,10 @@ from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
 from arctic_trt.launch import find_launch
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Completion, Listeners, generate
-from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.blocks import KvRoom
+from arctic_trt.runtime.communicator import Communicator, agreement
 from arctic_trt.runtime.detokenizer import Detokenizer
+from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, plan_room
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
 from arctic_trt.runtime.worker import Worker, load_worker
@@ -53,10 +55,11 @@ class Backend(Protocol):
 class TorchBackend:
     """The portable engine."""
 
-    def __init__(self, engine_dir: Path, engine: EngineConfig, comm: Communicator) -> None:
+    def __init__(self, engine_dir: Path, engine: EngineConfig, comm: Communicator, budget: KvBudget) -> None:
         self._engine_dir = engine_dir
         self._engine = engine
         self._comm = comm
+        self._budget = budget
         self._worker: Worker | None = None
 
     def check(self) -> None:
@@ -64,7 +67,22 @@ class TorchBackend:
         self._worker = load_worker(self._engine_dir, config, quant, mapping.rank(self._comm.rank), self._comm)
 
     def load(self, requests: Sequence[Request] | None) -> None:
-        return  # checking a rank is reading it
+        """Make room for the KV cache, as much as the rank has that can give least: checking a rank was reading it.
+
+        Raises :class:`UsageError` when that is too little for one of the ``requests``.
+        """
+        block_bytes, limits = self.worker.block_bytes, self._engine.build_config
+        found = self._comm.gather_all(plan_room(self._budget, limits, block_bytes, _local_ranks(self._comm)).num_blocks)
+        room = KvRoom(min(found))
+        with agreement(self._comm):
+            check_room(room, block_bytes)
+            for request in requests or ():
+                check_fits(request, room)
+        self.worker.reserve(room)
+        logger.info(
+            "The KV cache has room for %d tokens, in blocks of %d; %.1f MB a rank when full.",
+            *(room.num_tokens, room.block_tokens, room.num_blocks * block_bytes / 1e6),
+        )
 
     @property
     def worker(self) -> Worker:
@@ -76,6 +94,7 @@ class TorchBackend:
             self.worker.lead,
             work.requests,
             self._engine.build_config,
+            room=self.worker.room,
             detokenizer=work.detokenizer,
             listeners=listeners,
         )
@@ -100,9 +119,7 @@ class TrtLlmBackend:
         self._session: TrtLlmSession | None = None
 
     def check(self) -> None:
-        launch = find_launch(os.environ)
-        local_ranks = (launch.local_size if launch else None) or self._comm.world_size
-        check_engine(self._engine_dir, self._comm, local_ranks, self._options, prompt_logits=self._prompt_logits)
+        check_engine(self._engine_dir, self._comm, _local_ranks(self._comm), self._options, prompt_logits=self._prompt_logits)
 
     def load(self, requests: Sequence[Request] | None) -> None:
         self._session = open_session(self._engine_dir, self._comm, requests, self._max_batch_size, self._options)
@@ -142,5 +159,11 @@ def make_backend(
         if options.given() and comm.rank == 0:
             flags = ", ".join(f"--{name}" for name in options.given())
             logger.warning("%s: without effect, the torch backend has no such settings.", flags)
-        return TorchBackend(engine_dir, engine, comm)
+        return TorchBackend(engine_dir, engine, comm, KvBudget())
     return TrtLlmBackend(engine_dir, engine, comm, options, prompt_logits=prompt_logits)
+
+
+def _local_ranks(comm: Communicator) -> int:
+    """Ranks on this host, all where the launcher does not say."""
+    launch = find_launch(os.environ)
+    return (launch.local_size if launch else None) or comm.world_size

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
+from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
+from arctic_trt.runtime.kv_budget import check_fits, room_for
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import choose, request_generator
-from arctic_trt.runtime.scheduler import Scheduler, Sequence
+from arctic_trt.runtime.scheduler import Scheduler, Sequence, Stats
 from arctic_trt.runtime.step import Step
 
 CANCELLED = "cancelled"
@@ -97,7 +99,8 @@ class Writer:
 class Batcher:
     """Requests under way in one engine.
 
-    ``execute`` computes a step on all ranks and returns the wanted logits [W, V]. Between two steps requests may be added and
+    ``execute`` computes a step on all ranks and returns the wanted logits [W, V]. ``room`` is what the ranks' caches have; None
+    is room for all that the ``limits`` allow at once. Between two steps requests may be added and
     cancelled; what comes of each is told to ``listeners``. Not safe to use from several threads at once.
     """
 
@@ -106,11 +109,13 @@ class Batcher:
         execute: Execute,
         limits: BuildConfig,
         *,
+        room: KvRoom | None = None,
         detokenizer: Callable[[], Detokenizer | None] = lambda: None,
         listeners: Listeners | None = None,
     ) -> None:
         self._execute = execute
-        self._scheduler = Scheduler(max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens)
+        self._room = room or room_for(limits)
+        self._scheduler = Scheduler(self._room, max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens)
         self._detokenizer = detokenizer
         self._listeners = listeners or Listeners()
         self._writers: dict[int, Writer] = {}
@@ -120,8 +125,14 @@ class Batcher:
         """Nothing is under way."""
         return not self._writers
 
+    @property
+    def stats(self) -> Stats:
+        """Of the cache, and of the work since the start."""
+        return self._scheduler.stats
+
     def add(self, request: Request) -> None:
-        """Let a request in; its index must not be under way."""
+        """Let a request in; its index must not be under way. Raises :class:`UsageError` for one that the cache cannot hold."""
+        check_fits(request, self._room)
         self._scheduler.add(request)
         self._writers[request.index] = Writer(
             request.index,
@@ -156,8 +167,9 @@ class Batcher:
                 continue
             mine_WV = logits_WV[row : row + chunk.num_logits]
             row += chunk.num_logits
-            if sequence.request.prompt_logits and chunk.start < len(sequence.request.prompt):
-                self._listeners.on_prompt_logits(chunk.sequence, chunk.start + chunk.logits_from, mine_WV)
+            first = chunk.start + chunk.logits_from
+            if sequence.request.prompt_logits and first < len(sequence.request.prompt):
+                self._listeners.on_prompt_logits(chunk.sequence, first, mine_WV)
             if sequence.ready:
                 ready.append((sequence, mine_WV[-1]))
         return ready
@@ -203,6 +215,7 @@ def generate(
     requests: list[Request],
     limits: BuildConfig,
     *,
+    room: KvRoom | None = None,
     detokenizer: Callable[[], Detokenizer | None] = lambda: None,
     listeners: Listeners | None = None,
 ) -> list[Completion]:
@@ -214,7 +227,7 @@ def generate(
         done[index] = completion
         listeners.on_done(index, completion)
 
-    batcher = Batcher(execute, limits, detokenizer=detokenizer, listeners=replace(listeners, on_done=on_done))
+    batcher = Batcher(execute, limits, room=room, detokenizer=detokenizer, listeners=replace(listeners, on_done=on_done))
     for request in requests:
         batcher.add(request)
     while not batcher.idle:

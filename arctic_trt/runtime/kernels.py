@@ -8,7 +8,8 @@ Outputs of which each rank has only a part of the sum come in the precision in w
 is float64, in which sums of e4m3 products are exact: an activation then rounds to the same e4m3 code however the sum was
 divided over ranks, where float32 sums would now and then round to neighbouring codes, about a tenth apart.
 
-Legend: T tokens, D hidden, F ffn, E experts, N query heads, K KV heads, H head dim, L cached positions.
+Legend: T tokens, D hidden, F ffn, E experts, N query heads, K KV heads, H head dim, L cached positions of a sequence, C chunks,
+B blocks of the cache, P positions a block, M blocks of the longest sequence.
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ class Projection:
     weight: Tensor
     input_scale: Tensor | None = None
     alpha: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Where the chunks of a step find their sequences' keys and values; int32, chunks in packed order.
+
+    ``start_C`` is the position of a chunk's first token, ``count_C`` the number of its tokens in this step, and ``block_CM`` the
+    blocks of its sequence in the order of positions, padded with 0.
+    """
+
+    start_C: Tensor
+    count_C: Tensor
+    block_CM: Tensor
 
 
 class Kernels(Protocol):
@@ -69,14 +83,15 @@ class Kernels(Protocol):
     def experts(self, x_TD: Tensor, routing: Routing, fc: Projection, proj: Projection, first_expert: int) -> Tensor:
         """Partial sum over the chosen experts among those held, [T, D]; the *second* half of fc's rows goes through SiLU."""
 
-    def attention(self, q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
-        """Causal attention of queries at positions ``start`` and on over the cache of one sequence, [T, N * H]."""
+    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None) -> None:
+        """Write a layer's float32 keys and values into its ``pages`` [B, 2, K, P, H], as e4m3 codes of ``x / scale`` if there is
+        a ``scale`` [1].
 
-    def encode_kv(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Keys or values as the FP8 cache stores them."""
+        ``slot_T`` (int64) is block * P + offset of each token; no two tokens share one.
+        """
 
-    def decode_kv(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """What the cache stores, as attention reads it."""
+    def attention(self, q_TNH: Tensor, pages: Tensor, tables: Tables, scale: Tensor | None) -> Tensor:
+        """Causal attention over the cache, float32 [T, N * H]: token j of chunk c sees positions 0 to start_C[c] + j."""
 
 
 class CpuKernels:
@@ -127,20 +142,19 @@ class CpuKernels:
             y_TD.index_add_(0, token, out * routing.share_TK[token, slot, None])
         return y_TD
 
-    def attention(self, q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
-        tokens, length = len(q_TNH), keys_KLH.shape[1]
-        q, k, v = q_TNH.transpose(0, 1)[None], keys_KLH[None], values_KLH[None]
-        seen = None
-        if tokens > 1 and start:
-            seen = torch.ones(tokens, length, dtype=torch.bool).tril(start)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=tokens > 1 and not start, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(tokens, -1)
+    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None) -> None:
+        block_T, offset_T = slot_T // pages.shape[3], slot_T % pages.shape[3]
+        for place, x_TKH in enumerate((k_TKH, v_TKH)):
+            stored = x_TKH if scale is None else _bytes(cast_e4m3(x_TKH, scale))
+            _bytes(pages)[block_T, place, :, offset_T] = stored
 
-    def encode_kv(self, x: Tensor, scale: Tensor) -> Tensor:
-        return cast_e4m3(x, scale)
-
-    def decode_kv(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return decode_e4m3(codes, torch.float32) * scale
+    def attention(self, q_TNH: Tensor, pages: Tensor, tables: Tables, scale: Tensor | None) -> Tensor:
+        outputs, begin = [], 0
+        for start, count, block_M in zip(tables.start_C.tolist(), tables.count_C.tolist(), tables.block_CM, strict=True):
+            keys, values = _cached(pages, block_M, start + count, scale)
+            outputs.append(attend(q_TNH[begin : begin + count], keys, values, start))
+            begin += count
+        return torch.cat(outputs)
 
     def _multiply(self, x: Tensor, weight: Tensor, alpha: Tensor | None) -> Tensor:
         """Product of ``x`` [T, in] and held ``weight`` [out, in], times ``alpha``."""
@@ -161,6 +175,29 @@ def decode_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
         part = slice(begin, begin + DECODE_CHUNK)
         torch.index_select(table, 0, source[part].int(), out=target[part])
     return out
+
+
+def attend(q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
+    """Causal attention of one sequence's queries, at positions ``start`` and on, over its keys and values; [T, N * H]."""
+    tokens, length = len(q_TNH), keys_KLH.shape[1]
+    q, k, v = q_TNH.transpose(0, 1)[None], keys_KLH[None], values_KLH[None]
+    seen = None
+    if tokens > 1 and start:
+        seen = torch.ones(tokens, length, dtype=torch.bool).tril(start)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=tokens > 1 and not start, enable_gqa=True)
+    return out[0].transpose(0, 1).reshape(tokens, -1)
+
+
+def _bytes(pages: Tensor) -> Tensor:
+    """E4m3 as the bytes it is, because torch does not index float8; anything else as it is."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
+def _cached(pages: Tensor, block_M: Tensor, length: int, scale: Tensor | None) -> Tensor:
+    """Keys and values of a sequence's first ``length`` positions, float32 [2, K, L, H]."""
+    used_M = block_M[: -(-length // pages.shape[3])]
+    gathered = _bytes(pages).index_select(0, used_M).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+    return gathered if scale is None else decode_e4m3(gathered, torch.float32) * scale
 
 
 def _of_expert(alpha: Tensor | None, local: int) -> Tensor | None:

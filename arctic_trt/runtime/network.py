@@ -18,7 +18,7 @@ from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import rotary_tables
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator
-from arctic_trt.runtime.kernels import Kernels
+from arctic_trt.runtime.kernels import Kernels, Tables
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.weights import LayerWeights, RankWeights
@@ -26,11 +26,15 @@ from arctic_trt.runtime.weights import LayerWeights, RankWeights
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A step as tensors; cos and sin [T, 1, H] broadcast over heads, ``wanted_W`` indexes the packed tokens."""
+    """A step as tensors; cos and sin [T, 1, H] broadcast over heads, ``wanted_W`` indexes the packed tokens.
 
-    step: Step
+    ``slot_T`` is where the cache stores each token's keys and values, ``tables`` where their sequences' are.
+    """
+
     token_T: Tensor
     wanted_W: Tensor
+    slot_T: Tensor
+    tables: Tables
     cos: Tensor
     sin: Tensor
 
@@ -53,7 +57,7 @@ class Network:
 
     def forward(self, step: Step) -> Tensor | None:
         """Logits [W, V] on rank 0, None on the others; keys and values of the step's tokens stay in the cache."""
-        packed = pack(step, self.config)
+        packed = pack(step, self.config, self.cache)
         x_TD = self._embed(packed.token_T) if self.rank.is_first_stage else self._receive_hidden(len(packed.token_T))
         for layer, weights in enumerate(self.weights.layers):
             x_TD = self._layer(x_TD, layer, weights, packed)
@@ -96,15 +100,10 @@ class Network:
         qkv = self.kernels.linear(x_TD, weights.qkv).view(len(x_TD), heads + 2 * kv_heads, -1)
         self.kernels.rotate(qkv, heads + kv_heads, packed.cos, packed.sin)
         q_TNH, k_TKH, v_TKH = qkv.split((heads, kv_heads, kv_heads), 1)
-        outputs, begin = [], 0
-        for chunk in packed.step.chunks:
-            part = slice(begin, begin + len(chunk.tokens))
-            begin = part.stop
-            keys, values = k_TKH[part].transpose(0, 1), v_TKH[part].transpose(0, 1)
-            self.cache.append(chunk.sequence, layer, chunk.start, keys, values, weights.kv_scale)
-            cached = self.cache.view(chunk.sequence, layer, chunk.start + len(chunk.tokens), weights.kv_scale)
-            outputs.append(self.kernels.attention(q_TNH[part], *cached, chunk.start))
-        return self.kernels.partial_sum(torch.cat(outputs), weights.dense)
+        pages = self.cache.pages[layer]
+        self.kernels.store_kv(k_TKH, v_TKH, pages, packed.slot_T, weights.kv_scale)
+        attended = self.kernels.attention(q_TNH, pages, packed.tables, weights.kv_scale)
+        return self.kernels.partial_sum(attended, weights.dense)
 
     def _logits(self, x_WD: Tensor) -> Tensor:
         norm, lm_head = self.weights.final_norm, self.weights.lm_head
@@ -124,14 +123,29 @@ class Network:
         return logits_WV if self.rank.index == 0 else None
 
 
-def pack(step: Step, config: ArcticConfig) -> Packed:
-    """Lay a step's chunks side by side."""
+def pack(step: Step, config: ArcticConfig, cache: KvCache) -> Packed:
+    """Lay a step's chunks side by side; ``cache`` has the blocks of their sequences."""
     tokens: list[int] = []
-    positions: list[int] = []
     wanted: list[int] = []
     for chunk in step.chunks:
         wanted.extend(range(len(tokens) + chunk.logits_from, len(tokens) + len(chunk.tokens)))
         tokens.extend(chunk.tokens)
-        positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
-    cos, sin = rotary_tables(torch.tensor(positions), config.head_dim, config.rope_theta)
-    return Packed(step, torch.tensor(tokens), torch.tensor(wanted, dtype=torch.int64), cos[:, None], sin[:, None])
+    tables = _tables(step, cache)
+    count_C = tables.count_C.long()
+    within_T = torch.arange(len(tokens)) - (count_C.cumsum(0) - count_C).repeat_interleave(count_C)
+    position_T = tables.start_C.long().repeat_interleave(count_C) + within_T
+    chunk_T = torch.arange(len(step.chunks)).repeat_interleave(count_C)
+    size = cache.room.block_tokens
+    slot_T = tables.block_CM[chunk_T, position_T // size].long() * size + position_T % size
+    cos, sin = rotary_tables(position_T, config.head_dim, config.rope_theta)
+    return Packed(torch.tensor(tokens), torch.tensor(wanted, dtype=torch.int64), slot_T, tables, cos[:, None], sin[:, None])
+
+
+def _tables(step: Step, cache: KvCache) -> Tables:
+    used = [cache.tables[chunk.sequence] for chunk in step.chunks]
+    longest = max(map(len, used))
+    return Tables(
+        start_C=torch.tensor([chunk.start for chunk in step.chunks], dtype=torch.int32),
+        count_C=torch.tensor([len(chunk.tokens) for chunk in step.chunks], dtype=torch.int32),
+        block_CM=torch.tensor([[*blocks, *[0] * (longest - len(blocks))] for blocks in used], dtype=torch.int32),
+    )

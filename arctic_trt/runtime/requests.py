@@ -32,6 +32,11 @@ class Request:
     prompt_logits: bool = False
     logits_from: int = 0
 
+    @property
+    def num_cached(self) -> int:
+        """Positions that are ever in the KV cache; the last token generated is not."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
 
 def plan_requests(
     prompts: Sequence[Sequence[int]],

@@ -1,26 +1,37 @@
-"""Which tokens of which sequences are computed next: sequences join as soon as there is room and leave when they are done.
+"""Which tokens of which sequences are computed next, and where their keys and values go. Nothing here computes.
 
-Every step takes one token of each sequence that is decoding, then fills up with parts of prompts. Nothing here computes.
+Every step takes one token of each sequence that is decoding, and fills up with parts of prompts. First come is first served:
+whoever came earlier gets blocks of the cache earlier, at the cost of the youngest if need be. A sequence that loses its blocks
+waits in front, keeps its tokens, and is computed again.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from arctic_trt.runtime.blocks import BlockPool, KvRoom, content_key
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.step import Chunk, Step
 
 PROMPT_LOGITS_A_STEP = 1024  # a step's logits are a [W, V] array: 131 MB at Arctic's vocabulary
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way: ``tokens`` is the prompt and what was generated, of which ``computed`` are in the cache."""
+    """A request under way: ``tokens`` is the prompt and what was generated, of which ``computed`` are in the cache.
+
+    They are in ``blocks``, of which the ranks know the first ``assigned``, and the full ones are called ``keys``. The prompt's
+    positions before ``logits_from`` have no logits to give any more.
+    """
 
     request: Request
     tokens: list[int]
+    logits_from: int
     computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    assigned: int = 0
+    keys: list[bytes] = field(default_factory=list)
 
     @property
     def generated(self) -> list[int]:
@@ -36,83 +47,196 @@ class Sequence:
         return self.computed == len(self.tokens)
 
     @property
-    def capacity(self) -> int:
-        """Positions that are ever cached; the last token generated is not."""
-        return max(1, len(self.request.prompt) + self.request.max_new_tokens - 1)
+    def owes_prompt_logits(self) -> bool:
+        """Then nothing has been generated yet."""
+        return self.logits_from < len(self.request.prompt)
+
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are wanted, which has to be computed."""
+        return self.logits_from if self.owes_prompt_logits else len(self.tokens) - 1
+
+    def key(self, block: int, size: int) -> bytes:
+        """Names the content of a full block of ``size`` positions."""
+        while len(self.keys) <= block:
+            begin = len(self.keys) * size
+            self.keys.append(content_key(self.keys[-1] if self.keys else b"", self.tokens[begin : begin + size]))
+        return self.keys[block]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Blocks now, and what there was since the start: tokens computed, tokens found in the cache instead, preemptions."""
+
+    blocks: int
+    blocks_in_use: int
+    blocks_cached: int
+    computed_tokens: int
+    reused_tokens: int
+    preemptions: int
 
 
 @dataclass(slots=True)
 class _Budget:
+    """What is left of a step, for prompts."""
+
     tokens: int
-    prompt_logits: int = field(default=PROMPT_LOGITS_A_STEP)
+    prompt_logits: int = PROMPT_LOGITS_A_STEP
 
 
 class Scheduler:
-    """Sequences waiting and active; at most ``max_batch_size`` are active, and a step has at most ``max_num_tokens`` tokens."""
+    """Sequences waiting and active, both in the order in which they came, and the blocks of the cache.
 
-    def __init__(self, *, max_batch_size: int, max_num_tokens: int) -> None:
-        self._waiting: deque[Sequence] = deque()
+    At most ``max_batch_size`` are active, and a step has at most ``max_num_tokens`` tokens. Each sequence has to fit into
+    ``room`` alone.
+    """
+
+    def __init__(self, room: KvRoom, *, max_batch_size: int, max_num_tokens: int) -> None:
+        self._room = room
+        self._pool = BlockPool(room.num_blocks)
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._active: dict[int, Sequence] = {}
         self._freed: list[int] = []
         self._max_active = min(max_batch_size, max_num_tokens)
         self._max_num_tokens = max_num_tokens
+        self._computed = self._reused = self._preemptions = 0
+
+    @property
+    def stats(self) -> Stats:
+        pool = self._pool
+        return Stats(
+            blocks=pool.num_blocks,
+            blocks_in_use=pool.num_blocks - pool.num_available,
+            blocks_cached=pool.num_cached,
+            computed_tokens=self._computed,
+            reused_tokens=self._reused,
+            preemptions=self._preemptions,
+        )
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        self._waiting.append(Sequence(request, list(request.prompt)))
+        logits_from = request.logits_from if request.prompt_logits else len(request.prompt)
+        self._waiting[request.index] = Sequence(request, list(request.prompt), logits_from)
 
     def sequence(self, index: int) -> Sequence:
         """The sequence of request ``index``, waiting or active."""
-        return self._active.get(index) or next(waiting for waiting in self._waiting if waiting.request.index == index)
+        return self._active.get(index) or self._waiting[index]
 
     def next_step(self) -> Step | None:
-        """The next step, None when there are no sequences. Call :meth:`advance` before asking again."""
-        while self._waiting and len(self._active) < self._max_active:
-            sequence = self._waiting.popleft()
-            self._active[sequence.request.index] = sequence
+        """The next step, None when there are no sequences. Compute it, and :meth:`advance`, before asking again."""
+        self._admit()
         if not self._active:
             return None
-        budget = _Budget(self._max_num_tokens)
-        # stable: within both groups the sequences keep the order in which they came
-        ordered = sorted(self._active.values(), key=lambda sequence: sequence.num_generated == 0)
-        chunks = tuple(chunk for chunk in (_plan_chunk(sequence, budget) for sequence in ordered) if chunk)
+        decoding = {index for index, sequence in self._active.items() if len(sequence.tokens) - sequence.computed == 1}
+        budget = _Budget(self._max_num_tokens - len(decoding))
+        chunks = []
+        for index, sequence in list(self._active.items()):
+            if index in self._active:  # an older one may just have taken its blocks
+                chunk = self._plan_chunk(sequence, _Budget(1) if index in decoding else budget)
+                chunks += [chunk] if chunk else []
         freed, self._freed = tuple(self._freed), []
-        return Step(chunks=chunks, freed=freed)
+        return Step(chunks=tuple(chunks), freed=freed)
 
     def advance(self, chunk: Chunk) -> Sequence:
         """Note that ``chunk`` has been computed; returns its sequence."""
         sequence = self._active[chunk.sequence]
         sequence.computed += len(chunk.tokens)
+        sequence.logits_from = max(sequence.logits_from, sequence.computed)
+        self._computed += len(chunk.tokens)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out; the next step frees its cache."""
-        if sequence.request.index not in self._active:
-            self._waiting.remove(sequence)
-            return
-        del self._active[sequence.request.index]
-        self._freed.append(sequence.request.index)
+        """Take a sequence out, wherever it is; its full blocks may still be found."""
+        index = sequence.request.index
+        if self._waiting.pop(index, None) is None:
+            del self._active[index]
+            self._give_back(sequence)
 
+    def _admit(self) -> None:
+        """Make the oldest that wait active, while what they need leaves the active ones what they need next."""
+        spare = self._pool.num_available - sum(self._needs(sequence) for sequence in self._active.values())
+        while self._waiting and len(self._active) < self._max_active:
+            index, sequence = next(iter(self._waiting.items()))
+            spare -= self._needs(sequence) - self._shared_now(sequence)
+            if spare < 0 and self._active:
+                return
+            self._active[index] = self._waiting.pop(index)
 
-def _plan_chunk(sequence: Sequence, budget: _Budget) -> Chunk | None:
-    request, start = sequence.request, sequence.computed
-    prompt_logits = request.prompt_logits and start < len(request.prompt)
-    unwanted = max(0, request.logits_from - start)
-    count = min(len(sequence.tokens) - start, budget.tokens)
-    if prompt_logits:
-        count = min(count, unwanted + budget.prompt_logits)
-    if not count:
-        return None
-    budget.tokens -= count
-    whole = start + count == len(sequence.tokens)
-    logits_from = count - whole
-    if prompt_logits:
+    def _needs(self, sequence: Sequence) -> int:
+        """Blocks that a sequence lacks to compute all its tokens and a block's worth more, if it can come to that."""
+        tokens = min(len(sequence.tokens) + self._room.block_tokens, sequence.request.num_cached)
+        return max(0, self._room.blocks_for(tokens) - len(sequence.blocks))
+
+    def _shared_now(self, sequence: Sequence) -> int:
+        """Blocks in use by others that a waiting sequence would share."""
+        count = 0
+        for block in range(sequence.first_wanted // self._room.block_tokens):
+            found = self._pool.find(sequence.key(block, self._room.block_tokens))
+            if found is None:
+                break
+            count += self._pool.references(found) > 0
+        return count
+
+    def _plan_chunk(self, sequence: Sequence, budget: _Budget) -> Chunk | None:
+        self._reuse(sequence)
+        start = sequence.computed
+        unwanted = max(0, sequence.first_wanted - start)
+        count = min(len(sequence.tokens) - start, budget.tokens)
+        if sequence.owes_prompt_logits:
+            count = min(count, unwanted + budget.prompt_logits)
+        count = self._make_room(sequence, count)
+        if not count:
+            return None
         logits_from = min(count, unwanted)
-        budget.prompt_logits -= count - logits_from
-    return Chunk(
-        sequence=request.index,
-        start=start,
-        tokens=tuple(sequence.tokens[start : start + count]),
-        capacity=0 if start else sequence.capacity,
-        logits_from=logits_from,
-    )
+        budget.tokens -= count
+        if sequence.owes_prompt_logits:
+            budget.prompt_logits -= count - logits_from
+        self._publish(sequence, start + count)
+        assigned, sequence.assigned = sequence.assigned, len(sequence.blocks)
+        return Chunk(
+            sequence=sequence.request.index,
+            start=start,
+            tokens=tuple(sequence.tokens[start : start + count]),
+            blocks=tuple(sequence.blocks[assigned:]),
+            logits_from=logits_from,
+        )
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Where a sequence is at the end of its blocks, go on in those that others fill or have filled with the same."""
+        size = self._room.block_tokens
+        while sequence.computed == len(sequence.blocks) * size and sequence.computed + size <= sequence.first_wanted:
+            block = self._pool.find(sequence.key(len(sequence.blocks), size))
+            if block is None:
+                return
+            self._pool.share(block)
+            sequence.blocks.append(block)
+            sequence.computed += size
+            self._reused += size
+
+    def _make_room(self, sequence: Sequence, count: int) -> int:
+        """Take blocks for ``count`` more tokens, from younger sequences if need be; returns for how many there is room."""
+        missing = max(0, self._room.blocks_for(sequence.computed + count) - len(sequence.blocks))
+        while missing > self._pool.num_available and (youngest := next(reversed(self._active.values()))) is not sequence:
+            self._preempt(youngest)
+        sequence.blocks += [self._pool.take() for _ in range(min(missing, self._pool.num_available))]
+        return min(count, len(sequence.blocks) * self._room.block_tokens - sequence.computed)
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Let full blocks be found, also those that the step now planned fills: a layer stores all before it reads any."""
+        size = self._room.block_tokens
+        for block in range(sequence.computed // size, end // size):
+            self._pool.publish(sequence.blocks[block], sequence.key(block, size))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        index = sequence.request.index
+        self._waiting[index] = self._active.pop(index)
+        self._waiting.move_to_end(index, last=False)
+        self._preemptions += bool(sequence.blocks)
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.assigned:
+            self._freed.append(sequence.request.index)
+        self._pool.release(sequence.blocks)
+        sequence.blocks.clear()
+        sequence.computed = sequence.assigned = 0

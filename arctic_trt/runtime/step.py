@@ -15,14 +15,13 @@ CHUNK_FIELDS = 5
 class Chunk:
     """Consecutive tokens of one sequence.
 
-    ``capacity`` is the length to reserve in the cache, on the sequence's first chunk, and 0 on all others. Logits are wanted
-    for ``tokens[logits_from:]``.
+    ``blocks`` of the cache become the sequence's, after those that it has. Logits are wanted for ``tokens[logits_from:]``.
     """
 
     sequence: int
     start: int
     tokens: tuple[int, ...]
-    capacity: int
+    blocks: tuple[int, ...]
     logits_from: int
 
     @property
@@ -32,7 +31,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Sequences to forget, then chunks to compute. A step without either ends the work of the followers."""
+    """Sequences that lose their blocks, then chunks to compute. A step without either ends the work of the followers."""
 
     chunks: tuple[Chunk, ...] = ()
     freed: tuple[int, ...] = ()
@@ -50,12 +49,12 @@ END = Step()
 
 
 def encode_step(step: Step) -> Ints:
-    """Counts, freed sequences, the chunks' fields, then all tokens."""
+    """Counts, freed sequences, the chunks' fields, then the tokens and blocks of each."""
     numbers = [len(step.chunks), len(step.freed), *step.freed]
     for chunk in step.chunks:
-        numbers += (chunk.sequence, chunk.start, len(chunk.tokens), chunk.capacity, chunk.logits_from)
+        numbers += (chunk.sequence, chunk.start, len(chunk.tokens), len(chunk.blocks), chunk.logits_from)
     for chunk in step.chunks:
-        numbers += chunk.tokens
+        numbers += (*chunk.tokens, *chunk.blocks)
     return np.array(numbers, np.int32)
 
 
@@ -63,11 +62,11 @@ def decode_step(message: Ints) -> Step:
     """Inverse of :func:`encode_step`."""
     numbers = message.tolist()
     num_chunks, num_freed = numbers[:2]
-    fields, tokens = 2 + num_freed, 2 + num_freed + num_chunks * CHUNK_FIELDS
+    fields, at = 2 + num_freed, 2 + num_freed + num_chunks * CHUNK_FIELDS
     chunks = []
-    for at in range(fields, tokens, CHUNK_FIELDS):
-        sequence, start, count, capacity, logits_from = numbers[at : at + CHUNK_FIELDS]
-        part = tuple(numbers[tokens : tokens + count])
-        chunks.append(Chunk(sequence=sequence, start=start, tokens=part, capacity=capacity, logits_from=logits_from))
-        tokens += count
+    for field in range(fields, at, CHUNK_FIELDS):
+        sequence, start, num_tokens, num_blocks, logits_from = numbers[field : field + CHUNK_FIELDS]
+        tokens, blocks = numbers[at : at + num_tokens], numbers[at + num_tokens : at + num_tokens + num_blocks]
+        at += num_tokens + num_blocks
+        chunks.append(Chunk(sequence=sequence, start=start, tokens=tuple(tokens), blocks=tuple(blocks), logits_from=logits_from))
     return Step(chunks=tuple(chunks), freed=tuple(numbers[2:fields]))

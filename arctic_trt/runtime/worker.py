@@ -10,6 +10,7 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.native.choose import choose_kernels
@@ -26,13 +27,23 @@ class Worker:
         self._comm = network.comm
         self._cache = network.cache
 
+    @property
+    def room(self) -> KvRoom:
+        """What :meth:`reserve` made room for."""
+        return self._cache.room
+
+    @property
+    def block_bytes(self) -> int:
+        """What a block of this rank's KV cache takes."""
+        return self._cache.block_bytes
+
+    def reserve(self, room: KvRoom) -> None:
+        """Make room for keys and values, the same on all ranks; before the first step."""
+        self._cache.reserve(room)
+
     def execute(self, step: Step) -> Tensor | None:
-        """Free, allocate, compute; returns the wanted logits [W, V] on rank 0."""
-        for sequence in step.freed:
-            self._cache.free(sequence)
-        for chunk in step.chunks:
-            if chunk.capacity:
-                self._cache.allocate(chunk.sequence, chunk.capacity)
+        """Free, assign blocks, compute; returns the wanted logits [W, V] on rank 0."""
+        self._cache.assign(step)
         return self.network.forward(step) if step.chunks else None
 
     @torch.inference_mode()
@@ -63,6 +74,5 @@ def load_worker(engine_dir: Path, config: ArcticConfig, quant: QuantFormat, rank
         kv_heads=len(rank.kv_heads(config.num_key_value_heads)),
         head_dim=config.head_dim,
         fp8=quant.kv_fp8,
-        kernels=kernels,
     )
     return Worker(Network(config, rank, weights, cache, comm, kernels))

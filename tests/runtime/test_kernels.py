@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from arctic_trt.model.layer import route
-from arctic_trt.runtime.kernels import CpuKernels, Projection, decode_e4m3, rounded
+from arctic_trt.runtime.kernels import CpuKernels, Projection, Tables, decode_e4m3, rounded
 
 KERNELS = CpuKernels()
 EVERY_CODE = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -91,22 +93,61 @@ def test_experts_add_up_those_that_are_held(first: int) -> None:
     assert x.equal(before)
 
 
-@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (6, 0), (1, 9), (5, 4)])
-def test_attention_is_causal_over_the_cache(tokens: int, start: int) -> None:
-    heads, kv_heads, size, length = 6, 2, 8, tokens + start
-    q, keys, values = random(tokens, heads, size), random(kv_heads, length, size, seed=1), random(kv_heads, length, size, seed=2)
-    expected = torch.empty(tokens, heads, size)
-    for token in range(tokens):
-        seen = start + token + 1
-        for head in range(heads):
-            shared = head // 3
-            scores = keys[shared, :seen] @ q[token, head] / size**0.5
-            expected[token, head] = scores.softmax(0) @ values[shared, :seen]
-    torch.testing.assert_close(KERNELS.attention(q, keys, values, start), expected.view(tokens, -1))
+HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 8, 4
 
 
-def test_the_cache_format_rounds_once() -> None:
-    x, scale = random(2, 3, 8), torch.tensor([0.25])
-    once = KERNELS.decode_kv(KERNELS.encode_kv(x, scale), scale)
-    assert not once.equal(x)
-    torch.testing.assert_close(KERNELS.decode_kv(KERNELS.encode_kv(once, scale), scale), once, rtol=0, atol=0)
+def written_out(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Attention of one sequence, [T, N, H] over [L, K, H], token by token and head by head."""
+    out = torch.empty_like(q)
+    for token, head in itertools.product(range(len(q)), range(HEADS)):
+        seen, shared = slice(start + token + 1), head // (HEADS // KV_HEADS)
+        scores = keys[seen, shared] @ q[token, head] / SIZE**0.5
+        out[token, head] = scores.softmax(0) @ values[seen, shared]
+    return out
+
+
+def pages_of(dtype: torch.dtype, num_blocks: int) -> Tensor:
+    """Pages whose every unwritten place would be noticed."""
+    return torch.full((num_blocks, 2, KV_HEADS, BLOCK, SIZE), torch.nan).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.25])])
+@pytest.mark.parametrize("chunks", [[(0, 1)], [(0, 6)], [(9, 1)], [(4, 5)], [(3, 1), (0, 1), (7, 4), (0, 9), (8, 1)]])
+def test_attention_is_causal_over_the_pages_of_each_sequence(chunks: list[tuple[int, int]], scale: Tensor | None) -> None:
+    lengths = [start + count for start, count in chunks]
+    num_blocks = [-(-length // BLOCK) for length in lengths]
+    order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(1)).int()
+    blocks = order.split(num_blocks)
+    pages = pages_of(torch.float32 if scale is None else torch.float8_e4m3fn, len(order))
+    queries, expected = [], []
+    for seed, ((start, count), mine) in enumerate(zip(chunks, blocks, strict=True)):
+        q, *kv = (
+            random(length, heads, SIZE, seed=7 * seed + i)
+            for i, (length, heads) in enumerate([(count, HEADS), (start + count, KV_HEADS), (start + count, KV_HEADS)])
+        )
+        position = torch.arange(start + count)
+        slots = mine.long()[position // BLOCK] * BLOCK + position % BLOCK
+        for part in (slice(start), slice(start, None)):  # an earlier step, and this one
+            KERNELS.store_kv(kv[0][part], kv[1][part], pages, slots[part], scale)
+        queries.append(q)
+        keys, values = kv if scale is None else (rounded(x, scale) * scale for x in kv)
+        expected.append(written_out(q, keys, values, start))
+    tables = Tables(
+        start_C=torch.tensor([start for start, _ in chunks], dtype=torch.int32),
+        count_C=torch.tensor([count for _, count in chunks], dtype=torch.int32),
+        block_CM=torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True),
+    )
+    found = KERNELS.attention(torch.cat(queries), pages, tables, scale)
+    assert found.dtype == torch.float32 and found.shape == (sum(count for _, count in chunks), HEADS * SIZE)
+    torch.testing.assert_close(found, torch.cat(expected).flatten(1))
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.25])])
+def test_keys_and_values_are_stored_at_their_slots_and_nowhere_else(scale: Tensor | None) -> None:
+    pages = torch.zeros(3, 2, KV_HEADS, BLOCK, SIZE).to(torch.float32 if scale is None else torch.float8_e4m3fn)
+    both = random(2, KV_HEADS, 5, SIZE).transpose(1, 2)  # strided, as a slice of a projection is
+    slots = torch.tensor([7, 0, 11, 4, 2])
+    KERNELS.store_kv(both[0], both[1], pages, slots, scale)
+    expected = torch.zeros(2, 12, KV_HEADS, SIZE)
+    expected[:, slots] = both if scale is None else rounded(both, scale)
+    torch.testing.assert_close(pages.float().permute(1, 0, 3, 2, 4).reshape(2, 12, KV_HEADS, SIZE), expected, rtol=0, atol=0)

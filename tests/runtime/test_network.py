@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arctic_trt.engine.config import read_engine_config
+from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.worker import Worker, load_worker
@@ -17,22 +18,26 @@ from tests.runtime.conftest import Model
 from tests.support.fp8_emulation import error_of, fp8_logits
 from tests.support.naive_forward import naive_logits
 
+BLOCK = 8
 MAX_ERROR, MEAN_ERROR = 1e-4, 1e-5  # the interface allows 2e-2 and 3e-3; nothing is rounded to bf16, so this holds
 RECIPES = {"fp8": {}, "kv_float": {"kv_cache_dtype": "none"}, "bf16": {"qformat": "full_prec"}}
 
 
 def make_worker(engine_dir: Path) -> Worker:
     config, mapping, quant = read_engine_config(engine_dir).network()
-    return load_worker(engine_dir, config, quant, mapping.rank(0), SoloCommunicator())
+    worker = load_worker(engine_dir, config, quant, mapping.rank(0), SoloCommunicator())
+    worker.reserve(KvRoom(16, block_tokens=BLOCK))
+    return worker
 
 
 def chunk(tokens: list[int], start: int, count: int, sequence: int = 0, *, all_logits: bool = True) -> Chunk:
+    """The blocks of sequence s are s, s + 3, s + 6, ..., assigned as they are needed."""
     part = tuple(tokens[start : start + count])
     return Chunk(
         sequence=sequence,
         start=start,
         tokens=part,
-        capacity=0 if start else len(tokens),
+        blocks=tuple(sequence + 3 * block for block in range(-(-start // BLOCK), -(-(start + len(part)) // BLOCK))),
         logits_from=0 if all_logits else len(part) - 1,
     )
 
@@ -79,7 +84,7 @@ def test_sequences_packed_into_one_step_do_not_see_each_other(tiny: Model) -> No
     together = torch.cat([worker.lead(first), worker.lead(then)])
     expected = torch.cat([alone[0], alone[1], alone[2]])
     assert error_of(together, expected)[0] < MAX_ERROR
-    assert len(worker.network.cache) == 1
+    assert list(worker.network.cache.tables) == [2]
 
 
 def test_only_wanted_positions_have_logits(tiny: Model) -> None:

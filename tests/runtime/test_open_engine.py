@@ -63,7 +63,7 @@ def test_work_after_work_leaves_nothing_behind(tiny: Model, tmp_path: Path) -> N
         completions = engine.complete([request(7, prompts[1]), request(3, prompts[0])])
         assert [list(done.token_ids) for done in reversed(completions)] == [output.token_ids for output in alone.outputs]
         assert engine.score(continuations(tiny)) == first
-        assert len(engine._backend.worker._cache) == 0
+        assert not engine._backend.worker._cache.tables
     engine.close()
 
 

@@ -22,6 +22,7 @@ from arctic_trt.engine.config import read_engine_config
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.batcher import Listeners, generate
+from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import MpiCommunicator, agreement
 from arctic_trt.runtime.requests import plan_requests
 from arctic_trt.runtime.sampler import Sampling
@@ -49,6 +50,7 @@ def run_world(group: Any, engine_dir: Path, prompts: list[list[int]], max_output
     config, mapping, quant = engine.network()
     comm = MpiCommunicator(mapping, group)
     worker = load_worker(engine_dir, config, quant, mapping.rank(comm.rank), comm)
+    worker.reserve(KvRoom(64))
     if comm.rank:
         worker.follow()
         return
@@ -60,7 +62,9 @@ def run_world(group: Any, engine_dir: Path, prompts: list[list[int]], max_output
     def keep(index: int, start: int, rows: torch.Tensor) -> None:
         logits[index, start : start + len(rows)] = rows.numpy()
 
-    completions = generate(worker.lead, requests, engine.build_config, listeners=Listeners(on_prompt_logits=keep))
+    completions = generate(
+        worker.lead, requests, engine.build_config, room=worker.room, listeners=Listeners(on_prompt_logits=keep)
+    )
     worker.dismiss()
     np.savez(target, tokens=np.array([completion.token_ids for completion in completions]), logits=logits)
 

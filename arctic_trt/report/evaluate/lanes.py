@@ -21,6 +21,7 @@ from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import Observe, Routing, apply_rotary, rms_norm, rotary_tables, route
 from arctic_trt.quantize.stream import Unit, WeightStream
 from arctic_trt.report.evaluate.sources import KERNELS, DenseProjections, ExpertProjections, Source
+from arctic_trt.runtime.kernels import attend, rounded
 
 ATTENTION, RESIDUAL_MLP, EXPERTS, KV_CACHE = SITES = ("attention", "residual_mlp", "experts", "kv_cache")
 REFERENCE, CANDIDATE = "reference", "candidate"
@@ -140,7 +141,7 @@ class EngineArithmetic:
         q_BTNH, k_BTKH = rotated[:, :, :heads], rotated[:, :, heads:]
         k_BTKH, v_BTKH = (_through_cache(x, picked.kv_scale) for x in (k_BTKH, v_BTKH))
         sequences = zip(q_BTNH, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2), strict=True)
-        return KERNELS.linear(torch.cat([KERNELS.attention(q, k, v, 0) for q, k, v in sequences]), picked.dense)
+        return KERNELS.linear(torch.cat([attend(q, k, v, 0) for q, k, v in sequences]), picked.dense)
 
 
 def pick_dense(pair: Pair[DenseProjections], sites: frozenset[str] | None) -> DenseProjections:
@@ -160,4 +161,4 @@ def pick_dense(pair: Pair[DenseProjections], sites: frozenset[str] | None) -> De
 
 def _through_cache(x: Tensor, scale: Tensor | None) -> Tensor:
     """Keys or values as attention reads them back."""
-    return x if scale is None else KERNELS.decode_kv(KERNELS.encode_kv(x, scale), scale)
+    return x if scale is None else rounded(x, scale) * scale

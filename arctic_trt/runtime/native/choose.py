@@ -36,7 +36,8 @@ def choose_kernels(environ: Mapping[str, str] = os.environ) -> Kernels:
         if choice == COMPILED:
             raise RefusedError(f"The CPU kernels cannot be compiled: {error}.", f"Unset {VARIABLE}, or install gcc.") from None
         logger.warning(
-            "The CPU kernels cannot be compiled (%s): the portable ones are many times slower and hold FP8 weights in bf16.", error
+            "The CPU kernels cannot be compiled (%s): the portable ones are many times slower and hold FP8 weights in bf16.",
+            error,
         )
         return CpuKernels()
     torch.set_num_threads(1)  # the library has threads of its own, and two sets of threads would fight for the cores

@@ -68,7 +68,10 @@ def test_every_code_counts_as_what_it_is(native: NativeKernels) -> None:
         torch.testing.assert_close(found, EVERY_CODE.float().expand(rows, 256), rtol=0, atol=0, equal_nan=True)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=70), st.sampled_from([1.0, 0.37, 3e-3]))
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=70),
+    st.sampled_from([1.0, 0.37, 3e-3]),
+)
 @settings(max_examples=200)
 def test_inputs_are_rounded_as_the_portable_kernels_round_them(values: list[float], scale: float) -> None:
     """Against the identity, with one input at a time, so that one that is not a number stays alone."""
@@ -206,8 +209,12 @@ def cached(lengths: list[tuple[int, int]], *, kv_heads: int, size: int, position
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32])
-@pytest.mark.parametrize(("heads", "kv_heads", "size", "positions"), [(8, 2, 16, 4), (7, 1, 128, 32), (6, 3, 8, 5), (4, 4, 20, 16)])
-def test_attention_over_pages(native: NativeKernels, heads: int, kv_heads: int, size: int, positions: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "positions"), [(8, 2, 16, 4), (7, 1, 128, 32), (6, 3, 8, 5), (4, 4, 20, 16)]
+)
+def test_attention_over_pages(
+    native: NativeKernels, heads: int, kv_heads: int, size: int, positions: int, dtype: torch.dtype
+) -> None:
     lengths = [(0, 1), (0, 40), (9, 1), (13, 30), (70, 2)]
     room = cached(lengths, kv_heads=kv_heads, size=size, positions=positions, dtype=dtype)
     qkv = random(sum(count for _, count in lengths), heads + 2, size, seed=9)
@@ -223,7 +230,9 @@ def test_attention_does_not_depend_on_the_chunks(native: NativeKernels) -> None:
     for sizes in ([1] * 50, [7] * 7 + [1], [20, 30]):
         parts, begin = [], 0
         for count in sizes:
-            tables = Tables(torch.tensor([begin], dtype=torch.int32), torch.tensor([count], dtype=torch.int32), room["tables"].block_CM)
+            tables = Tables(
+                torch.tensor([begin], dtype=torch.int32), torch.tensor([count], dtype=torch.int32), room["tables"].block_CM
+            )
             parts.append(native.attention(q[begin : begin + count], room["pages"], tables, room["scale"]))
             begin += count
         assert torch.cat(parts).equal(whole), sizes[:2]
