@@ -22,7 +22,9 @@ pytestmark = pytest.mark.mpi
 
 MAX_OUTPUT_LEN = 12
 MAX_ERROR, MEAN_ERROR = 2e-2, 3e-3  # what the interface promises
-SAME = 1e-5  # between cuts of one checkpoint: partial sums are exact, so every activation rounds to the same code
+SAME, MEAN_SAME = 5e-3, 5e-5
+"""Between cuts of one checkpoint: sums of other parts differ in their last bit, so that one activation in a million or so rounds to
+the neighbouring code."""
 MIXED = ("transformer.layers.0.mlp", "*.residual_mlp.*", "transformer.layers.1.attention.dense")
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-tp8": ("tiny", {"tp_size": 8}),
@@ -91,7 +93,8 @@ def test_tokens_and_logits_do_not_depend_on_the_cut(name: str, worlds: Worlds, t
     result, logits = complete(alone, prompts, tmp_path, max_output_len=MAX_OUTPUT_LEN, end_id=-1)
     tokens, found = worlds.found(name)
     assert tokens == [output.token_ids for output in result.outputs]
-    assert error_of(found, logits)[0] <= SAME
+    largest, mean = error_of(found, logits)
+    assert largest <= SAME and mean <= MEAN_SAME
 
 
 @pytest.mark.parametrize("name", CUTS)
