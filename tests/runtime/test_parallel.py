@@ -23,8 +23,8 @@ pytestmark = pytest.mark.mpi
 MAX_OUTPUT_LEN = 12
 MAX_ERROR, MEAN_ERROR = 2e-2, 3e-3  # what the interface promises
 SAME, MEAN_SAME = 5e-3, 5e-5
-"""Between cuts of one checkpoint: sums of other parts differ in their last bit, so that one activation in a million or so rounds to
-the neighbouring code."""
+"""Between cuts of one checkpoint: sums of other parts differ in their last bit, so that now and then an activation rounds to the
+neighbouring code."""
 MIXED = ("transformer.layers.0.mlp", "*.residual_mlp.*", "transformer.layers.1.attention.dense")
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-tp8": ("tiny", {"tp_size": 8}),
