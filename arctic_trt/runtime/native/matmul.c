@@ -10,6 +10,9 @@
 #endif
 
 #define PANEL_BYTES (256 << 10) /* of unpacked weights, to stay in a core's second-level cache */
+#define LINE 64 /* bytes of a cache line */
+#define MOST_ROWS 8 /* of any tile; arrays of that size, since the compiler keeps only arrays of known size in registers */
+#define UNROLL _Pragma("GCC unroll 8")
 #define DIRECT_ROWS 4           /* up to so many rows of x, unpacking weights as they come costs less than keeping them */
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
@@ -41,52 +44,55 @@ static vf last_lanes(long kind, const void *row, long k, long K) {
 }
 
 /* TILE_COLS rows of weights with `rows` rows of x, all in float32; ldw in elements, x rows are padded to W. */
-INLINE void tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int cols, long K, float sums[][TILE_COLS]) {
-    vf sum[rows][TILE_COLS];
+/* TILE_COLS rows of weights, of which `real` exist, with `rows` rows of x, all in float32; ldw in elements, x rows are padded to W.
+ * Where weights come from memory, the cache lines of the next rows are asked for in the order in which they lie: streams side by
+ * side are too much for it. */
+INLINE void tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int real, long K, const uint8_t *ahead,
+                     float sums[][TILE_COLS]) {
+    vf sum[MOST_ROWS][TILE_COLS];
     const uint8_t *row[TILE_COLS];
-    for (int c = 0; c < TILE_COLS; c++) row[c] = (const uint8_t *)w + (c < cols ? c : 0) * ldw * element_bytes(kind);
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = SPLAT(0);
-    long whole = K / W * W;
+    long size = element_bytes(kind), whole = K / W * W;
+    UNROLL for (int c = 0; c < TILE_COLS; c++) row[c] = (const uint8_t *)w + (c < real ? c : 0) * ldw * size;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] = SPLAT(0);
     for (long k = 0; k < whole; k += W) {
         vf weight[TILE_COLS];
-#pragma GCC unroll 8
-        for (int c = 0; c < TILE_COLS; c++) {
-            if (kind != F32 || rows <= DIRECT_ROWS) __builtin_prefetch(row[c] + (k + ldw * TILE_COLS) * element_bytes(kind));
+        UNROLL for (int c = 0; c < TILE_COLS; c++) {
+            if (rows <= DIRECT_ROWS && c * W * size % LINE == 0) __builtin_prefetch(ahead + (k * TILE_COLS + c * W) * size);
             weight[c] = lanes(kind, row[c], k);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++) {
             vf a = LOAD(vf, x + r * ldx + k);
-#pragma GCC unroll 8
-            for (int c = 0; c < TILE_COLS; c++) sum[r][c] += a * weight[c];
+            UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] += a * weight[c];
         }
     }
     if (whole < K)
-        for (int c = 0; c < TILE_COLS; c++) {
+        UNROLL for (int c = 0; c < TILE_COLS; c++) {
             vf weight = last_lanes(kind, row[c], whole, K);
-            for (int r = 0; r < rows; r++) sum[r][c] += LOAD(vf, x + r * ldx + whole) * weight;
+            UNROLL for (int r = 0; r < rows; r++) sum[r][c] += LOAD(vf, x + r * ldx + whole) * weight;
         }
-    for (int r = 0; r < rows; r++) join_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums[r]);
+    UNROLL for (int r = 0; r < rows; r++) join_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums[r]);
 }
 
-#define TILES_F32(kind, rows, ...)                                                                     \
-    switch (rows) {                                                                                    \
-        case 1: tile_f32(kind, 1, __VA_ARGS__); break;                                                 \
-        case 2: tile_f32(kind, 2, __VA_ARGS__); break;                                                 \
-        case 3: tile_f32(kind, 3, __VA_ARGS__); break;                                                 \
-        case 4: tile_f32(kind, 4, __VA_ARGS__); break;                                                 \
-        case 5: tile_f32(kind, 5, __VA_ARGS__); break;                                                 \
-        default: tile_f32(kind, 6, __VA_ARGS__);                                                       \
+#define TILE_F32(kind, rows) tile_f32(kind, rows, x, ldx, w, ldw, real, K, ahead, sums)
+#define TILES_F32(kind)                       \
+    switch (rows) {                           \
+        case 1: TILE_F32(kind, 1); break;     \
+        case 2: TILE_F32(kind, 2); break;     \
+        case 3: TILE_F32(kind, 3); break;     \
+        case 4: TILE_F32(kind, 4); break;     \
+        case 5: TILE_F32(kind, 5); break;     \
+        default: TILE_F32(kind, 6);           \
     }
 
-static void any_tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int cols, long K, float sums[][TILE_COLS]) {
+static void any_tile_f32(long kind, int rows, const float *x, long ldx, const void *w, long ldw, int real, long K, const uint8_t *ahead,
+                         float sums[][TILE_COLS]) {
     if (kind == E4M3) {
-        TILES_F32(E4M3, rows, x, ldx, w, ldw, cols, K, sums)
+        TILES_F32(E4M3)
     } else if (kind == BF16) {
-        TILES_F32(BF16, rows, x, ldx, w, ldw, cols, K, sums)
+        TILES_F32(BF16)
     } else {
-        TILES_F32(F32, rows, x, ldx, w, ldw, cols, K, sums)
+        TILES_F32(F32)
     }
 }
 
@@ -113,10 +119,12 @@ static void multiply_f32(const float *x, long M, const struct weights *w, long n
         int tile = direct && M <= DIRECT_ROWS ? DIRECT_ROWS : TILE_ROWS;
         for (long m = 0; m < M; m += tile)
             for (long n = p0; n < p1; n += TILE_COLS) {
-                int rows = M - m < tile ? M - m : tile, cols = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
-                float sums[6][TILE_COLS];
-                any_tile_f32(kind, rows, x + m * ldx, ldx, panel + (n - p0) * ldw * element_bytes(kind), ldw, cols, K, sums);
-                for (int r = 0; r < rows; r++) put(to, m + r, n, cols, sums[r], w->alpha);
+                int rows = M - m < tile ? M - m : tile, real = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
+                const uint8_t *row = panel + (n - p0) * ldw * element_bytes(kind);
+                const uint8_t *ahead = n + TILE_COLS < p1 ? row + TILE_COLS * ldw * element_bytes(kind) : row;
+                float sums[MOST_ROWS][TILE_COLS];
+                any_tile_f32(kind, rows, x + m * ldx, ldx, row, ldw, real, K, ahead, sums);
+                for (int r = 0; r < rows; r++) put(to, m + r, n, real, sums[r], w->alpha);
             }
     }
 }
@@ -125,7 +133,12 @@ static void multiply_f32(const float *x, long M, const struct weights *w, long n
 
 #if FAST_E4M3
 
-#define CHUNK 64 /* codes that are unpacked together; x is laid out in the order in which they come out */
+#define CHUNK 64       /* codes that are unpacked together; x is laid out in the order in which they come out */
+#define MOST_DIRECT 16 /* rows of x for which weights are unpacked as they come */
+
+/* Elements from one prepared or unpacked row to the next. A cache line more than needed: rows a power of two apart would all
+ * compete for the same places of the first-level cache. */
+static inline long row_bf16(long K) { return up(K, CHUNK) + 32; }
 
 struct tables {
     __m512i high0, high1, low0, low1, sign;
@@ -157,123 +170,137 @@ INLINE void unpack(const struct tables *t, __m512i codes, __m512i *first, __m512
     *second = _mm512_unpackhi_epi8(low, high);
 }
 
-INLINE __m512i some_codes(const uint8_t *from, long count) {
-    return count >= CHUNK ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, from);
+INLINE __m512i last_codes(const uint8_t *from, long count) {
+    return _mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, from);
 }
 
-/* `rows` rows of x with TILE_COLS rows of codes that are unpacked on the way. The cache lines of the next TILE_COLS rows are
- * asked for in the order in which they lie: four streams at once are too much for the memory. */
-INLINE void tile_codes(const struct tables *t, int rows, const uint16_t *x, long ldx, const uint8_t *w, int cols, long K,
-                       const uint8_t *ahead, float sums[][TILE_COLS]) {
-    __m512 sum[rows][TILE_COLS];
-    const uint8_t *row[TILE_COLS];
-    for (int c = 0; c < TILE_COLS; c++) row[c] = w + (c < cols ? c : 0) * K;
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k += CHUNK) {
-        __m512bh a[rows], b[rows];
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            a[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
-            b[r] = (__m512bh)_mm512_loadu_si512(x + r * ldx + k + CHUNK / 2);
-        }
-#pragma GCC unroll 8
-        for (int c = 0; c < TILE_COLS; c++) {
-            __m512i first, second;
-            _mm_prefetch((const char *)(ahead + k * TILE_COLS + c * 64), _MM_HINT_T0);
-            unpack(t, some_codes(row[c] + k, K - k), &first, &second);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a[r], (__m512bh)first);
-                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], b[r], (__m512bh)second);
-            }
-        }
+/* A chunk of `cols` rows of codes times `rows` rows of x, added to their sums. */
+INLINE void add_chunk(const struct tables *t, int rows, int cols, const uint16_t *x, long ldx, const __m512i *codes, __m512 sum[][TILE_COLS]) {
+    __m512i first[TILE_COLS], second[TILE_COLS];
+    UNROLL for (int c = 0; c < cols; c++) unpack(t, codes[c], first + c, second + c);
+    UNROLL for (int r = 0; r < rows; r++) {
+        __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * ldx), b = (__m512bh)_mm512_loadu_si512(x + r * ldx + CHUNK / 2);
+        UNROLL for (int c = 0; c < cols; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a, (__m512bh)first[c]);
+        UNROLL for (int c = 0; c < cols; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], b, (__m512bh)second[c]);
     }
-    for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
+}
+
+/* `rows` rows of x with `cols` rows of codes, of which `real` exist, unpacked on the way. */
+INLINE void tile_codes(const struct tables *t, int rows, int cols, const uint16_t *x, long ldx, const uint8_t *w, int real, long K,
+                       const uint8_t *ahead, float sums[][TILE_COLS]) {
+    __m512 sum[MOST_ROWS][TILE_COLS];
+    __m512i codes[TILE_COLS];
+    const uint8_t *row[TILE_COLS];
+    UNROLL for (int c = 0; c < cols; c++) row[c] = w + (c < real ? c : 0) * K;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
+    long k = 0;
+    for (; k + CHUNK <= K; k += CHUNK) {
+        UNROLL for (int c = 0; c < cols; c++) {
+            __builtin_prefetch(ahead + k * cols + c * LINE);
+            codes[c] = _mm512_loadu_si512(row[c] + k);
+        }
+        add_chunk(t, rows, cols, x + k, ldx, codes, sum);
+    }
+    if (k < K) {
+        UNROLL for (int c = 0; c < cols; c++) codes[c] = last_codes(row[c] + k, K - k);
+        add_chunk(t, rows, cols, x + k, ldx, codes, sum);
+    }
+    UNROLL for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
 }
 
 /* The same products in the same order, of rows that have been unpacked; K is a multiple of CHUNK. */
-INLINE void tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long K, float sums[][TILE_COLS]) {
-    __m512 sum[rows][TILE_COLS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
+INLINE void tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, float sums[][TILE_COLS]) {
+    __m512 sum[MOST_ROWS][TILE_COLS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
     for (long k = 0; k < K; k += CHUNK / 2) {
         __m512bh weight[TILE_COLS];
-#pragma GCC unroll 8
-        for (int c = 0; c < TILE_COLS; c++) weight[c] = (__m512bh)_mm512_load_si512(w + c * K + k);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int c = 0; c < TILE_COLS; c++) weight[c] = (__m512bh)_mm512_load_si512(w + c * ldw + k);
+        UNROLL for (int r = 0; r < rows; r++) {
             __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
-#pragma GCC unroll 8
-            for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a, weight[c]);
+            UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], a, weight[c]);
         }
     }
-    for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
+    UNROLL for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
 }
 
-static void any_tile_codes(const struct tables *t, int rows, const uint16_t *x, long ldx, const uint8_t *w, int cols, long K,
+#define TILE_CODES(rows, cols) tile_codes(t, rows, cols, x, ldx, w, real, K, ahead, sums)
+
+/* Tiles of few rows are four columns wide, others two, so that the sums stay in registers. */
+static void any_tile_codes(const struct tables *t, int rows, int cols, const uint16_t *x, long ldx, const uint8_t *w, int real, long K,
                            const uint8_t *ahead, float sums[][TILE_COLS]) {
-    switch (rows) {
-        case 1: tile_codes(t, 1, x, ldx, w, cols, K, ahead, sums); break;
-        case 2: tile_codes(t, 2, x, ldx, w, cols, K, ahead, sums); break;
-        case 3: tile_codes(t, 3, x, ldx, w, cols, K, ahead, sums); break;
-        default: tile_codes(t, 4, x, ldx, w, cols, K, ahead, sums);
+    switch (rows + (cols == 4 ? 0 : 4)) {
+        case 1: TILE_CODES(1, 4); break;
+        case 2: TILE_CODES(2, 4); break;
+        case 3: TILE_CODES(3, 4); break;
+        case 4: TILE_CODES(4, 4); break;
+        case 8: TILE_CODES(4, 2); break;
+        case 9: TILE_CODES(5, 2); break;
+        case 10: TILE_CODES(6, 2); break;
+        case 11: TILE_CODES(7, 2); break;
+        default: TILE_CODES(8, 2);
     }
 }
 
-static void any_tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long K, float sums[][TILE_COLS]) {
+static void any_tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, float sums[][TILE_COLS]) {
     switch (rows) {
-        case 1: tile_bf16(1, x, ldx, w, K, sums); break;
-        case 2: tile_bf16(2, x, ldx, w, K, sums); break;
-        case 3: tile_bf16(3, x, ldx, w, K, sums); break;
-        case 4: tile_bf16(4, x, ldx, w, K, sums); break;
-        case 5: tile_bf16(5, x, ldx, w, K, sums); break;
-        default: tile_bf16(6, x, ldx, w, K, sums);
+        case 1: tile_bf16(1, x, ldx, w, ldw, K, sums); break;
+        case 2: tile_bf16(2, x, ldx, w, ldw, K, sums); break;
+        case 3: tile_bf16(3, x, ldx, w, ldw, K, sums); break;
+        case 4: tile_bf16(4, x, ldx, w, ldw, K, sums); break;
+        case 5: tile_bf16(5, x, ldx, w, ldw, K, sums); break;
+        default: tile_bf16(6, x, ldx, w, ldw, K, sums);
     }
 }
 
 static const uint16_t *panel_bf16(const struct tables *t, const uint8_t *w, long rows, long K) {
-    long ld = up(K, CHUNK), padded = up(rows, TILE_COLS);
+    long ld = row_bf16(K), padded = up(rows, TILE_COLS);
     uint16_t *panel = scratch(0, padded * ld * 2);
     for (long r = 0; r < padded; r++)
         for (long k = 0; k < K; k += CHUNK) {
             __m512i first, second;
-            unpack(t, some_codes(w + (r < rows ? r : 0) * K + k, K - k), &first, &second);
+            const uint8_t *codes = w + (r < rows ? r : 0) * K + k;
+            unpack(t, K - k < CHUNK ? last_codes(codes, K - k) : _mm512_loadu_si512(codes), &first, &second);
             _mm512_store_si512(panel + r * ld + k, first);
             _mm512_store_si512(panel + r * ld + k + CHUNK / 2, second);
         }
     return panel;
 }
 
+/* Up to MOST_DIRECT rows, in one or two tiles: 9 rows are 5 and 4. */
 static void multiply_e4m3_directly(const uint16_t *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
     struct tables t = load_tables();
-    long ldx = up(w->K, CHUNK);
-    for (long n = n0; n < n1; n += TILE_COLS) {
-        const uint8_t *row = (const uint8_t *)w->data + n * w->K;
-        const uint8_t *ahead = n + TILE_COLS < n1 ? row + TILE_COLS * w->K : row;
-        int cols = n1 - n < TILE_COLS ? n1 - n : TILE_COLS;
-        float sums[DIRECT_ROWS][TILE_COLS];
-        any_tile_codes(&t, M, x, ldx, row, cols, w->K, ahead, sums);
-        for (int r = 0; r < M; r++) put(to, r, n, cols, sums[r], w->alpha);
+    long ldx = row_bf16(w->K), cols = M <= 4 ? 4 : 2, tile = M <= MOST_ROWS ? M : (M + 1) / 2;
+    for (long m = 0; m < M; m += tile) {
+        int rows = M - m < tile ? M - m : tile;
+        for (long n = n0; n < n1; n += cols) {
+            const uint8_t *row = (const uint8_t *)w->data + n * w->K;
+            const uint8_t *ahead = n + cols < n1 ? row + cols * w->K : row;
+            int real = n1 - n < cols ? n1 - n : cols;
+            float sums[MOST_ROWS][TILE_COLS];
+            any_tile_codes(&t, rows, cols, x + m * ldx, ldx, row, real, w->K, ahead, sums);
+            for (int r = 0; r < rows; r++) put(to, m + r, n, real, sums[r], w->alpha);
+        }
     }
 }
 
 static void multiply_e4m3(const uint16_t *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
-    if (M <= DIRECT_ROWS) {
+    if (M <= MOST_DIRECT) {
         multiply_e4m3_directly(x, M, w, n0, n1, to);
         return;
     }
     struct tables t = load_tables();
-    long ld = up(w->K, CHUNK), panel_rows = up(PANEL_BYTES / (ld * 2) + 1, TILE_COLS);
+    long ld = row_bf16(w->K), panel_rows = up(PANEL_BYTES / (ld * 2) + 1, TILE_COLS);
     for (long p0 = n0; p0 < n1; p0 += panel_rows) {
         long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
         const uint16_t *panel = panel_bf16(&t, (const uint8_t *)w->data + p0 * w->K, p1 - p0, w->K);
         for (long m = 0; m < M; m += TILE_ROWS)
             for (long n = p0; n < p1; n += TILE_COLS) {
-                int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS, cols = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
+                int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS, real = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
                 float sums[TILE_ROWS][TILE_COLS];
-                any_tile_bf16(rows, x + m * ld, ld, panel + (n - p0) * ld, ld, sums);
-                for (int r = 0; r < rows; r++) put(to, m + r, n, cols, sums[r], w->alpha);
+                any_tile_bf16(rows, x + m * ld, ld, panel + (n - p0) * ld, ld, up(w->K, CHUNK), sums);
+                for (int r = 0; r < rows; r++) put(to, m + r, n, real, sums[r], w->alpha);
             }
     }
 }
@@ -297,7 +324,7 @@ static void prepare_e4m3(const float *x, long K, float scale, uint16_t *out) {
 long prepared_bytes(long kind, long K) {
     (void)kind;
 #if FAST_E4M3
-    if (kind == E4M3) return up(K, CHUNK) * 2;
+    if (kind == E4M3) return row_bf16(K) * 2;
 #endif
     return up(K, W) * 4;
 }

@@ -10,7 +10,8 @@
 #include "vec.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time */
+#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time, if it has much to do with each */
+#define FEW_TOKENS 16    /* so few that weights are read faster than they are multiplied: longer pieces then read more evenly */
 #define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -110,17 +111,29 @@ static void route_piece(void *job, long t) {
 
 /* ---- projections ---- */
 
+/* Rows of weights in a piece of a product of M rows of x with N rows of weights. */
+static long piece_rows(long M, long N) {
+    long share = N / (4 * num_threads()) / PIECE_ROWS * PIECE_ROWS;
+    return M <= FEW_TOKENS && share > PIECE_ROWS ? share : PIECE_ROWS;
+}
+
 struct project_job {
     const struct weights *w;
     const void *x;
     long M;
     struct sink to;
+    long rows;
 };
 
 static void project_piece(void *job, long piece) {
     const struct project_job *j = job;
-    long n0 = piece * PIECE_ROWS;
-    multiply(j->x, j->M, j->w, n0, least(n0 + PIECE_ROWS, j->w->N), j->to);
+    long n0 = piece * j->rows;
+    multiply(j->x, j->M, j->w, n0, least(n0 + j->rows, j->w->N), j->to);
+}
+
+static void multiply_all(const struct weights *w, const void *x, long M, float *y) {
+    struct project_job job = {w, x, M, {y, w->N, NULL, NULL}, piece_rows(M, w->N)};
+    run_pieces(project_piece, &job, pieces_of(w->N, job.rows));
 }
 
 struct prepare_job {
@@ -148,8 +161,7 @@ EXPORT void project(const float *x, long M, const void *data, long kind, long N,
     struct weights w = {data, kind, N, K, value_of(alpha)};
     for (long m = 0; m < M; m += BLOCK_TOKENS) {
         long rows = least(BLOCK_TOKENS, M - m);
-        struct project_job job = {&w, prepare_rows(1, kind, x + m * K, rows, K, value_of(scale)), rows, {y + m * N, N, NULL, NULL}};
-        run_pieces(project_piece, &job, pieces_of(N, PIECE_ROWS));
+        multiply_all(&w, prepare_rows(1, kind, x + m * K, rows, K, value_of(scale)), rows, y + m * N);
     }
 }
 
@@ -192,13 +204,11 @@ EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, lo
     for (long m = 0; m < M; m += BLOCK_TOKENS) {
         long rows = least(BLOCK_TOKENS, M - m);
         float *h = scratch(4, rows * 2 * F * 4);
-        struct project_job into = {&up, prepare_rows(1, fc_kind, x + m * D, rows, D, value_of(fc_scale)), rows, {h, 2 * F, NULL, NULL}};
-        run_pieces(project_piece, &into, pieces_of(2 * F, PIECE_ROWS));
+        multiply_all(&up, prepare_rows(1, fc_kind, x + m * D, rows, D, value_of(fc_scale)), rows, h);
         void *inner = scratch(5, rows * prepared_bytes(proj_kind, F));
         struct gate_job gate = {h, F, proj_kind, 0, value_of(proj_scale), inner};
         run_rows(gate_piece, &gate, rows, 4 * F);
-        struct project_job back = {&down, inner, rows, {y + m * D, D, NULL, NULL}};
-        run_pieces(project_piece, &back, pieces_of(D, PIECE_ROWS));
+        multiply_all(&down, inner, rows, y + m * D);
     }
 }
 
@@ -210,7 +220,7 @@ struct experts_job {
     const int32_t *token;
     const float *share;
     const int32_t *busy; /* experts that have tokens */
-    long num_busy, pieces_each;
+    long num_busy, fc_rows, fc_pieces, proj_rows; /* rows of a piece, and pieces an expert */
     const void *x; /* prepared rows of all tokens, in the order of the lists */
     long x_bytes, inner_bytes;
     float *h, *y;
@@ -219,21 +229,21 @@ struct experts_job {
 
 static void expert_fc_piece(void *job, long piece) {
     const struct experts_job *j = job;
-    long e = j->busy[piece / j->pieces_each], first = j->begin[e], n0 = piece % j->pieces_each * PIECE_ROWS;
+    long e = j->busy[piece / j->fc_pieces], first = j->begin[e], n0 = piece % j->fc_pieces * j->fc_rows;
     const struct weights *w = j->fc + e;
     struct sink to = {j->h + first * w->N, w->N, NULL, NULL};
-    multiply((const uint8_t *)j->x + first * j->x_bytes, j->begin[e + 1] - first, w, n0, least(n0 + PIECE_ROWS, w->N), to);
+    multiply((const uint8_t *)j->x + first * j->x_bytes, j->begin[e + 1] - first, w, n0, least(n0 + j->fc_rows, w->N), to);
 }
 
 /* A piece is some columns of y for all experts, so that every token adds up its experts in ascending order. */
 static void expert_proj_piece(void *job, long piece) {
     const struct experts_job *j = job;
-    long n0 = piece * PIECE_ROWS;
+    long n0 = piece * j->proj_rows;
     for (long i = 0; i < j->num_busy; i++) {
         long e = j->busy[i], first = j->begin[e];
         const struct weights *w = j->proj + e;
         struct sink to = {j->y, w->N, j->token + first, j->share + first};
-        multiply((const uint8_t *)j->inner + first * j->inner_bytes, j->begin[e + 1] - first, w, n0, least(n0 + PIECE_ROWS, w->N), to);
+        multiply((const uint8_t *)j->inner + first * j->inner_bytes, j->begin[e + 1] - first, w, n0, least(n0 + j->proj_rows, w->N), to);
     }
 }
 
@@ -266,12 +276,13 @@ static void some_experts(const float *x, long T, long D, long F, const int64_t *
     uint8_t *rows = scratch(7, pairs * x_bytes);
     const uint8_t *prepared = prepare_rows(1, fc->kind, x, T, D, fc_scale);
     for (long i = 0; i < pairs; i++) memcpy(rows + i * x_bytes, prepared + token[i] * x_bytes, x_bytes);
-    struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, pieces_of(2 * F, PIECE_ROWS), rows, x_bytes, inner_bytes,
-                              scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
-    run_pieces(expert_fc_piece, &job, num_busy * job.pieces_each);
+    long fc_rows = piece_rows(T, 2 * F), proj_rows = piece_rows(T, D);
+    struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, fc_rows, pieces_of(2 * F, fc_rows), proj_rows, rows, x_bytes,
+                              inner_bytes, scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
+    run_pieces(expert_fc_piece, &job, num_busy * job.fc_pieces);
     struct gate_job gate = {job.h, F, proj->kind, 1, proj_scale, job.inner};
     run_rows(gate_piece, &gate, pairs, 4 * F);
-    run_pieces(expert_proj_piece, &job, pieces_of(D, PIECE_ROWS));
+    run_pieces(expert_proj_piece, &job, pieces_of(D, proj_rows));
 }
 
 /* y [T, D] += the weighted outputs of the chosen experts among the E from `first` on. fc is [E, 2F, D], its last F rows go

@@ -86,6 +86,8 @@ __attribute__((visibility("default"))) int set_threads(int threads) {
     return atomic_load(&pool.threads);
 }
 
+long num_threads(void) { return atomic_load(&pool.threads); }
+
 void run_pieces(piece_fn piece, void *job, long pieces) {
     if (pieces < 2 || atomic_load(&pool.threads) < 2) {
         for (long each = 0; each < pieces; each++) piece(job, each);

@@ -11,5 +11,8 @@ typedef void (*piece_fn)(void *job, long piece);
 /* Have `pieces` pieces done by the caller and whoever is free; returns when all are done. One job at a time. */
 void run_pieces(piece_fn piece, void *job, long pieces);
 
+/* How many threads share out a job. */
+long num_threads(void);
+
 /* Memory that stays with the calling thread: at least `bytes`, 64-byte aligned, content undefined. `slot` is 0 to 7. */
 void *scratch(int slot, long bytes);
