@@ -99,7 +99,7 @@ class Network:
         heads, kv_heads = self._q_heads, self._kv_heads
         qkv = self.kernels.linear(x_TD, weights.qkv).view(len(x_TD), heads + 2 * kv_heads, -1)
         self.kernels.rotate(qkv, heads + kv_heads, packed.cos, packed.sin)
-        q_TNH, k_TKH, v_TKH = torch.split(qkv, (heads, kv_heads, kv_heads), 1)
+        q_TNH, k_TKH, v_TKH = torch.split(qkv, [heads, kv_heads, kv_heads], 1)
         pages = self.cache.pages[layer]
         self.kernels.store_kv(k_TKH, v_TKH, pages, packed.slot_T, weights.kv_scale)
         attended = self.kernels.attention(q_TNH, pages, packed.tables, weights.kv_scale)

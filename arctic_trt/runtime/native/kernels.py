@@ -8,6 +8,8 @@ Legend: T tokens, D hidden, F ffn, E experts, N query heads, K KV heads, H head 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
 class NativeKernels:
     """See :class:`arctic_trt.runtime.kernels.Kernels`; make one with :func:`arctic_trt.runtime.native.choose.choose_kernels`."""
 
-    def __init__(self, threads: int) -> None:
-        """Raises :class:`NotCompiledError` where there is no library and none can be made."""
-        self._lib = load()
+    def __init__(self, threads: int, library: ctypes.CDLL | None = None) -> None:
+        """Raises :class:`NotCompiledError` where no ``library`` is given, there is none and none can be made."""
+        self._lib = library or load()
         self._lib.set_threads(threads)
 
     def hold(self, weight: Tensor) -> Tensor:

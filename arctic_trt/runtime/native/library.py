@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -53,18 +54,24 @@ class NotCompiledError(Exception):
 @cache
 def load() -> ctypes.CDLL:
     """The library, compiled unless this user's cache has it. Raises :class:`NotCompiledError` where that cannot be done."""
-    compiler = next((path for path in map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")) if path), None)
-    if compiler is None:
-        raise NotCompiledError("no C compiler is installed (cc, gcc, clang, or the one that CC names)")
+    compiler = find_compiler()
     directory = cache_dir() / "kernels"
     path = directory / f"{_digest(compiler)}.so"
     try:
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
             _compile_once(compiler, path)
-        return _declare(ctypes.CDLL(str(path)))
+        return open_library(path)
     except OSError as error:
-        raise NotCompiledError(f"{path} cannot be made or loaded ({error.strerror or error})") from None
+        raise NotCompiledError(f"{path} cannot be made or loaded: {error.strerror or error}") from None
+
+
+def find_compiler() -> str:
+    """Path of the C compiler; raises :class:`NotCompiledError` where there is none."""
+    found = next((path for path in map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")) if path), None)
+    if found is None:
+        raise NotCompiledError("no C compiler is installed: cc, gcc, clang, or the one that CC names")
+    return found
 
 
 def _digest(compiler: str) -> str:
@@ -92,24 +99,31 @@ def _compile_once(compiler: str, path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             began = time.perf_counter()
-            _compile(compiler, path)
+            compile_library(compiler, path, NATIVE)
             logger.info("Compiled the CPU kernels in %.1f s into %s.", time.perf_counter() - began, path)
 
 
-def _compile(compiler: str, path: Path) -> None:
+def compile_library(compiler: str, path: Path, targets: Sequence[str]) -> None:
+    """Make ``path`` with the first of ``targets`` (flags that choose instructions) that the compiler knows, whole or not at all.
+
+    Raises :class:`NotCompiledError` with the compiler's words.
+    """
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         made = Path(work) / "kernels.so"
-        for native in NATIVE:
-            command = [compiler, *FLAGS, native, *(str(here / name) for name in SOURCES), "-o", str(made), "-lpthread", "-lm"]
+        for target in targets:
+            sources = [str(here / name) for name in SOURCES]
+            command = [compiler, *FLAGS, *target.split(), *sources, "-o", str(made), "-lpthread", "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(made, path)
                 return
-    raise NotCompiledError(f"{compiler} failed ({' '.join(done.stderr.split())[:300]})")
+    raise NotCompiledError(f"{compiler} failed: {' '.join(done.stderr.split())[:300]}")
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def open_library(path: Path) -> ctypes.CDLL:
+    """The library at ``path`` with the types of its functions; raises ``OSError`` for what is none."""
+    library = ctypes.CDLL(str(path))
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None

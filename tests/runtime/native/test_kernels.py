@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from arctic_trt.model.layer import Routing, rotary_tables
 from arctic_trt.runtime.kernels import CpuKernels, Projection, Tables
 from arctic_trt.runtime.native.kernels import NativeKernels
+from arctic_trt.runtime.native.library import NATIVE, compile_library, find_compiler, open_library
 
 PORTABLE = CpuKernels()
 SIZES = [(64, 64), (37, 72), (130, 200), (5, 8), (16, 1), (3, 130), (96, 1408)]
@@ -21,9 +23,19 @@ DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float32]
 EVERY_CODE = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one thread", "three threads"])
-def native(request: pytest.FixtureRequest) -> NativeKernels:
-    return NativeKernels(request.param)
+X86 = platform.machine() == "x86_64"
+BUILDS = {"this processor": NATIVE, "AVX2": ("-mavx2 -mfma",), "baseline": ("-O3",)}
+
+
+@pytest.fixture(scope="module", params=[(1, "this processor"), (3, "this processor"), (2, "AVX2"), (1, "baseline")], ids=str)
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    """Also as other processors would have it compiled."""
+    threads, build = request.param
+    if build == "AVX2" and not (X86 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")):
+        pytest.skip("this processor has no AVX2")
+    path = tmp_path_factory.mktemp("library") / "kernels.so"
+    compile_library(find_compiler(), path, BUILDS[build])
+    return NativeKernels(threads, open_library(path))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
