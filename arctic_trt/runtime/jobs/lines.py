@@ -167,8 +167,6 @@ def decode_line(data: bytes) -> dict[str, Any]:
     """The JSON object that a line is; raises :class:`LineError`."""
     try:
         value = json.loads(data.decode())
-        if b"\\u" in data:
-            json.dumps(value, ensure_ascii=False).encode()  # half a character passes for JSON, but not for text
     except json.JSONDecodeError as error:
         raise LineError(INVALID_JSON, f"The line is not JSON: {error.msg} at column {error.colno}.") from None
     except (ValueError, RecursionError) as error:
@@ -187,9 +185,12 @@ def custom_id_of(value: Mapping[str, Any], number: int) -> str:
 def parse_line(value: dict[str, Any], number: int) -> Line:
     """Check what :func:`decode_line` gave; raises :class:`LineError` naming the field, what was found and what was expected."""
     try:
+        json.dumps(value, ensure_ascii=False).encode()  # half a character passes for JSON, but is no text
         body = Envelope.model_validate(value).body if "body" in value else Flat.model_validate(value)
     except ValidationError as error:
         raise LineError(INVALID_REQUEST, _sentence(error)) from None
+    except UnicodeEncodeError as error:
+        raise LineError(INVALID_REQUEST, f"The line holds half a character, {error.object[error.start]!a}.") from None
     missing = next((name for name in NOT_YET if getattr(body, name) not in (None, 0)), None)
     if missing:
         raise LineError(INVALID_REQUEST, f"{missing} is not supported by this engine.")
