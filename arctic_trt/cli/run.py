@@ -30,6 +30,7 @@ A batch job, which is resumed by the same command:
          --input_file jobs.jsonl --output_file out.jsonl"""
 
 
+JOBS = "Batch jobs"
 TENSORRT = "TensorRT engines"
 RUNTIME = (
     "kv_cache_free_gpu_memory_fraction",
@@ -56,7 +57,7 @@ SAMPLING = {
 @click.command(
     "run",
     cls=SectionedCommand,
-    sections=dict.fromkeys(RUNTIME, TENSORRT),
+    sections={**dict.fromkeys(RUNTIME, TENSORRT), "output_file": JOBS, "shard": JOBS},
     epilog=EPILOG,
     short_help="Generate text with an engine, alone or under mpirun.",
 )
@@ -82,8 +83,8 @@ SAMPLING = {
 @click.option("--cuda_graph_mode", is_flag=True, help="Record decode steps as CUDA graphs.")
 @click.option("--use_gpu_direct_storage", is_flag=True, help="Load past host memory.")
 @click.option("--no_memory_check", is_flag=True, help="Load even where host memory may not suffice.")
-@click.option("--output_file", type=FILE, help="Batch job: append a result for each line of --input_file, a .jsonl of requests.")
-@click.option("--shard", metavar="I/N", help="Batch job: do every N-th line, from the I-th on, counted from 0.  [default: 0/1]")
+@click.option("--output_file", type=FILE, help="Append a result for each line of --input_file, a .jsonl of requests.")
+@click.option("--shard", metavar="I/N", help="Do every N-th line, from the I-th on, counted from 0.  [default: 0/1]")
 @click.option("--output_npy", type=FILE, help="Write token ids, int32 [batch, 1, longest].")
 @click.option("--output_csv", type=FILE, help="Write token ids, a line a sequence.")
 @click.option("--output_logits_npy", type=FILE, help="Write the prompts' logits, float32 [batch, longest prompt, vocab].")

@@ -21,7 +21,7 @@ SAMPLING = (
 )
 """Fields that :func:`plan_sampling` takes."""
 NOT_YET = ("min_p", "presence_penalty", "frequency_penalty", "bad_words", "logprobs", "top_logprobs")
-"""Fields that are understood, but that the engine cannot do."""
+"""Fields that are understood, but that the engine cannot do: an error unless they ask for nothing."""
 SHOWN = 40
 EXPECTED = {
     "prompt": "a text or a list of token ids",
@@ -152,7 +152,8 @@ class Line:
     @property
     def sampling(self) -> dict[str, float]:
         """The fields of :data:`SAMPLING` that the line gives."""
-        return {name: value for name in SAMPLING if (value := getattr(self.body, name)) is not None}
+        names = (name for name in SAMPLING if name not in NOT_YET)
+        return {name: value for name in names if (value := getattr(self.body, name)) is not None}
 
     @property
     def logprobs(self) -> int | None:
@@ -191,10 +192,13 @@ def parse_line(value: dict[str, Any], number: int) -> Line:
         raise LineError(INVALID_REQUEST, _sentence(error)) from None
     except UnicodeEncodeError as error:
         raise LineError(INVALID_REQUEST, f"The line holds half a character, {error.object[error.start]!a}.") from None
-    missing = next((name for name in NOT_YET if getattr(body, name) not in (None, 0)), None)
+    line = Line(number, custom_id_of(value, number), body)
+    missing = [name for name in NOT_YET if getattr(body, name)] or ["logprobs"] * (
+        "logprobs" in NOT_YET and line.logprobs is not None
+    )
     if missing:
-        raise LineError(INVALID_REQUEST, f"{missing} is not supported by this engine.")
-    return Line(number, custom_id_of(value, number), body)
+        raise LineError(INVALID_REQUEST, f"{missing[0]} is not supported by this engine.")
+    return line
 
 
 def texts(given: str | list[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arctic_trt.checkpoint.output_dir import differences, named_errors, sync_directory, write_json
+from arctic_trt.checkpoint.output_dir import differences, named_errors, write_json
 from arctic_trt.errors import RefusedError
 from arctic_trt.runtime.jobs.input_file import InputMark, Shard
 from arctic_trt.runtime.jobs.results import ID
@@ -193,4 +193,3 @@ def write_record(output: OutputFile, settings: Mapping[str, Any], mark: InputMar
     record = record_path(output.path)
     with named_errors(record):
         write_json(record, {"format": FORMAT, "settings": dict(settings), "input": mark.as_dict()})
-        sync_directory(output.path.absolute().parent)
