@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -13,37 +15,39 @@ import torch
 import arctic_trt.runtime.jobs.job  # noqa: F401 - loaded once, before the processes fork
 from arctic_trt.cli.main import run_cli
 
+
+@dataclass(frozen=True)
+class Death:
+    """In the middle of the ``at_write``-th write, of which a ``share`` gets to the file."""
+
+    at_write: int
+    share: float
+
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.faults.killed_jobs", "transformers.tokenization_utils_tokenizers"])
 
 
-def start(
-    argv: list[str], errors: Path, die_at_write: int | None = None, share: float = 0.5
-) -> multiprocessing.process.BaseProcess:
-    """Begin ``argv`` in another process, with stderr in the file ``errors``.
-
-    With ``die_at_write`` it writes only a ``share`` of that line's bytes, and dies.
-    """
-    process = PROCESSES.Process(target=_run, args=(argv, errors, die_at_write, share))
+def start(argv: list[str], errors: Path, *, pace_s: float = 0.0, death: Death | None = None) -> BaseProcess:
+    """Begin ``argv`` in another process, with stderr in the file ``errors``, and a rest before each write."""
+    process = PROCESSES.Process(target=_run, args=(argv, errors, pace_s, death))
     process.start()
     return process
 
 
-def _run(argv: list[str], errors: Path, die_at_write: int | None, share: float) -> None:
+def _run(argv: list[str], errors: Path, pace_s: float, death: Death | None) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
-    if die_at_write is not None:
-        os.write = _deadly(os.write, die_at_write, share)
-    raise SystemExit(run_cli(argv))
+    original, count = os.write, 0
 
-
-def _deadly(original: Callable[[int, bytes], int], left: int, share: float) -> Callable[[int, bytes], int]:
     def write(descriptor: int, data: bytes) -> int:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            original(descriptor, data[: int(share * len(data))])
+        nonlocal count
+        time.sleep(pace_s)
+        if death is not None and count == death.at_write:
+            original(descriptor, data[: int(death.share * len(data))])
             os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
         return original(descriptor, data)
 
-    return write
+    os.write = write
+    raise SystemExit(run_cli(argv))

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from arctic_trt.runtime.jobs.output_file import record_path
-from tests.faults.killed_jobs import start
+from tests.faults.killed_jobs import Death, start
 from tests.support.batch_jobs import mixed_lines, read_results, write_lines
 from tests.support.engines import build_engine
 from tests.support.jobs import quantize
 
-NUM_LINES = 60
+NUM_LINES = 100
+PACE_S = 0.02  # the job is still at work when somebody who has lost the processor comes to kill it
 PATIENCE_S = 30.0
 
 
@@ -62,13 +63,13 @@ def test_killed_ten_times_each_line_is_done_once(argv: list[str], output: Path, 
     for death in range(10):
         lines = done.count(b"\n")
         if death % 2:
-            process = start(argv, errors)
+            process = start(argv, errors, pace_s=PACE_S)
             wait_for_lines(output, lines + draw.randrange(5))
-            time.sleep(draw.random() * 0.02)
+            time.sleep(draw.random() * 2 * PACE_S)
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
         else:
-            process = start(argv, errors, draw.randrange(6), draw.random())
+            process = start(argv, errors, death=Death(draw.randrange(6), draw.random()))
         process.join()
         assert process.exitcode == -signal.SIGKILL
         kept = done[: done.rfind(b"\n") + 1]
@@ -81,7 +82,7 @@ def test_killed_ten_times_each_line_is_done_once(argv: list[str], output: Path, 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT], ids=lambda by: by.name)
 def test_interrupted_it_says_how_to_go_on(by: signal.Signals, argv: list[str], output: Path, errors: Path) -> None:
-    process = start(argv, errors)
+    process = start(argv, errors, pace_s=PACE_S)
     wait_for_lines(output, 3)
     assert process.pid is not None
     os.kill(process.pid, by)
@@ -93,7 +94,7 @@ def test_interrupted_it_says_how_to_go_on(by: signal.Signals, argv: list[str], o
 
 
 def test_two_instances_with_one_output(argv: list[str], output: Path, errors: Path) -> None:
-    first = start(argv, errors.with_name("first.log"))
+    first = start(argv, errors.with_name("first.log"), pace_s=PACE_S)
     wait_for_lines(output, 1)
     assert finish(argv, errors) == 3 and "Another process is writing" in errors.read_text()
     first.join()
