@@ -195,13 +195,17 @@ def lock_directory(path: Path, *, shared: bool = False) -> int:
 
 def mismatch(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> RefusedError:
     """The refusal to continue ``found``, a marker, as the job of ``wanted``, naming what differs."""
-    then, now = found["fingerprint"], wanted["fingerprint"]
-    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)] or ["kind"]
-    shown = ", ".join(f"{key} ({then[key]} then, {now[key]} now)" if _is_short(then, now, key) else key for key in changed)
+    shown = differences(found["fingerprint"], wanted["fingerprint"]) or "kind"
     return RefusedError(
         f"{path} holds unfinished work that differs in {shown}.",
         "Repeat the command that began it to resume, or pass --overwrite to start over.",
     )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys in which two fingerprints differ, with their values where these are short; empty if they are equal."""
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({then[key]} then, {now[key]} now)" if _is_short(then, now, key) else key for key in changed)
 
 
 def _is_short(then: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:

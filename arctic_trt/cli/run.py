@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arctic_trt.cli.options import DIRECTORY, FILE, SectionedCommand, Several, output_options
+from arctic_trt.errors import UsageError
 from arctic_trt.output import Output, duration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from arctic_trt.runtime.jobs.job import JobOptions
     from arctic_trt.runtime.runner import RunOptions, RunResult
 
 EPILOG = """\b
@@ -18,9 +22,15 @@ Example, the official recipe's third step, on the eight ranks of an engine with 
   mpirun -n 8 --allow-run-as-root arctic-trt run --engine_dir arctic-engine --tokenizer_dir snowflake-arctic-instruct
          --max_output_len 20 --input_text "The future of AI is"
 
-An engine of one rank runs without mpirun. Without --temperature, --top_k and --top_p the likeliest token is taken."""
+An engine of one rank runs without mpirun. Without --temperature, --top_k and --top_p the likeliest token is taken.
+
+\b
+A batch job, which is resumed by the same command:
+  mpirun -n 8 --allow-run-as-root arctic-trt run --engine_dir arctic-engine --tokenizer_dir snowflake-arctic-instruct
+         --input_file jobs.jsonl --output_file out.jsonl"""
 
 
+JOBS = "Batch jobs"
 TENSORRT = "TensorRT engines"
 RUNTIME = (
     "kv_cache_free_gpu_memory_fraction",
@@ -33,18 +43,27 @@ RUNTIME = (
     "no_memory_check",
 )
 """Settings of TensorRT-LLM's runtime, by the names of its own run script; the last is ours."""
+NOT_IN_JOBS = ("input_text", "streaming", "output_npy", "output_csv", "output_logits_npy", *RUNTIME)
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "repetition_penalty": "repetition_penalty",
+    "random_seed": "seed",
+}
+"""Flags that say how to choose, with the names that the sampler has for them."""
 
 
 @click.command(
     "run",
     cls=SectionedCommand,
-    sections=dict.fromkeys(RUNTIME, TENSORRT),
+    sections={**dict.fromkeys(RUNTIME, TENSORRT), "output_file": JOBS, "shard": JOBS},
     epilog=EPILOG,
     short_help="Generate text with an engine, alone or under mpirun.",
 )
 @click.option("--engine_dir", type=DIRECTORY, required=True, help="Engine directory, as arctic-trt build writes it.")
 @click.option("--tokenizer_dir", type=DIRECTORY, help="Directory of tokenizer.json.  [default: --engine_dir]")
-@click.option("--max_output_len", type=int, required=True, help="Generate at most N tokens a prompt.")
+@click.option("--max_output_len", type=int, help="Generate at most N tokens a prompt. In a batch job lines may say otherwise.")
 @click.option("--input_text", cls=Several, metavar="TEXT ...", help="One or more prompts.")
 @click.option("--input_file", type=FILE, help="Prompts: .txt and .jsonl a line each, .csv and .npy as rows of token ids.")
 @click.option("--temperature", type=float, help="Divides the logits; 0 takes the likeliest token.  [default: 1]")
@@ -64,12 +83,19 @@ RUNTIME = (
 @click.option("--cuda_graph_mode", is_flag=True, help="Record decode steps as CUDA graphs.")
 @click.option("--use_gpu_direct_storage", is_flag=True, help="Load past host memory.")
 @click.option("--no_memory_check", is_flag=True, help="Load even where host memory may not suffice.")
+@click.option("--output_file", type=FILE, help="Append a result for each line of --input_file, a .jsonl of requests.")
+@click.option("--shard", metavar="I/N", help="Do every N-th line, from the I-th on, counted from 0.  [default: 0/1]")
 @click.option("--output_npy", type=FILE, help="Write token ids, int32 [batch, 1, longest].")
 @click.option("--output_csv", type=FILE, help="Write token ids, a line a sequence.")
 @click.option("--output_logits_npy", type=FILE, help="Write the prompts' logits, float32 [batch, longest prompt, vocab].")
 @output_options
 def command(output: Output, **flags: Any) -> None:
     """Generate text with an engine: alone for an engine of one rank, under mpirun -n N for one of N."""
+    if flags["output_file"] is not None:
+        from arctic_trt.cli.batch_job import run_batch_job
+
+        run_batch_job(_job_options(**flags), output)
+        return
     from arctic_trt.launch import is_leader, tie_to_launcher
 
     tie_to_launcher()
@@ -84,23 +110,31 @@ def command(output: Output, **flags: Any) -> None:
         _show(result, output, stream)
 
 
-def _options(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float | None,
-    random_seed: int | None,
-    **flags: Any,
-) -> RunOptions:
+def _options(output_file: None, shard: str | None, **flags: Any) -> RunOptions:
     from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
     from arctic_trt.runtime.runner import RunOptions
     from arctic_trt.runtime.sampler import plan_sampling
 
-    sampling = plan_sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=random_seed
-    )
+    if flags["max_output_len"] is None:
+        raise UsageError("--max_output_len is required.", "Only the lines of a batch job can say it themselves.")
+    if shard is not None:
+        raise UsageError("--shard is for batch jobs.", "Give --output_file out.jsonl, or leave it out.")
+    sampling = plan_sampling(**{name: flags.pop(flag) for flag, name in SAMPLING.items()})
     runtime = RuntimeOptions(**{name: flags.pop(name) for name in RUNTIME})
     return RunOptions(sampling=sampling, runtime=runtime, **flags)
+
+
+def _job_options(shard: str | None, input_file: Path | None, **flags: Any) -> JobOptions:
+    from arctic_trt.runtime.jobs.input_file import parse_shard
+    from arctic_trt.runtime.jobs.job import JobOptions
+
+    wrong = [name for name in NOT_IN_JOBS if flags.pop(name)]
+    if wrong:
+        raise UsageError(f"--{wrong[0]} does not go with --output_file, which makes this a batch job.", "Leave one of them out.")
+    if input_file is None:
+        raise UsageError("--output_file needs an --input_file, a .jsonl with a request a line.")
+    sampling = {name: flags.pop(flag) for flag, name in SAMPLING.items()}
+    return JobOptions(input_file=input_file, shard=parse_shard(shard), sampling=sampling, **flags)
 
 
 class _Stream:

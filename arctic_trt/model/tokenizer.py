@@ -57,9 +57,16 @@ class Tokenizer:
                 f"{self.directory / FILES[1]} has no chat_template, so messages cannot be rendered.",
                 "Use the tokenizer of Arctic instruct, or give plain text.",
             )
-        return str(
-            self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, continue_final_message=unfinished)
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self._hf.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=reply, continue_final_message=unfinished
+                )
+            )
+        except TemplateError as error:
+            raise UsageError(f"The messages do not fit the chat template of {self.directory}: {error}.") from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without control tokens."""

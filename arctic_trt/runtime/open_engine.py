@@ -6,14 +6,15 @@ Between two pieces of work, which may be minutes, the other ranks sleep.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from arctic_trt.engine.config import TORCH, BuildConfig, EngineConfig, read_engine_config
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import find_launch
 from arctic_trt.runtime.backends import TorchBackend, Work
-from arctic_trt.runtime.batcher import Completion, Listeners
+from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
 from arctic_trt.runtime.communicator import Communicator, agreement, check_world, connect
 from arctic_trt.runtime.detokenizer import Detokenizer
 from arctic_trt.runtime.kv_budget import KvBudget
@@ -42,6 +43,15 @@ class OpenEngine:
         work = Work(requests=requests, tokenizer=None, detokenizer=detokenizer, pad=NO_END_ID, streaming=False)
         self._comm.gather_all(True)
         return self._backend.complete(work, listeners or Listeners())
+
+    @contextmanager
+    def batcher(
+        self, *, detokenizer: Callable[[], Detokenizer | None] = lambda: None, listeners: Listeners | None = None
+    ) -> Iterator[Batcher]:
+        """On rank 0: a batcher whose steps all ranks compute until the block is left."""
+        self._comm.gather_all(True)
+        yield Batcher(self._backend.worker.lead, self.limits, detokenizer=detokenizer, listeners=listeners)
+        self._backend.worker.dismiss()
 
     def score(self, continuations: Sequence[Continuation]) -> list[Score]:
         """On rank 0: the scores of ``continuations``, in their order.

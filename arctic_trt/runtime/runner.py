@@ -129,7 +129,7 @@ def _complete(options: RunOptions, backend: Backend, job: Job, vocab_size: int, 
     work = Work(
         requests=job.requests,
         tokenizer=job.tokenizer,
-        detokenizer=_detokenizer_of(job.tokenizer),
+        detokenizer=detokenizer_of(job.tokenizer),
         pad=job.pad,
         streaming=options.streaming,
     )
@@ -149,7 +149,7 @@ def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
     for flag in ("output_npy", "output_csv", "output_logits_npy"):
         check_writable(f"--{flag}", getattr(options, flag))
     prompts = read_prompts(options.input_text, options.input_file)
-    directory = _tokenizer_dir(options)
+    directory = tokenizer_directory(options.engine_dir, options.tokenizer_dir)
     tokenizer = _load_tokenizer(options, prompts, directory)
     end_ids = find_end_ids(options.end_id, tokenizer, directory)
     requests = plan_requests(
@@ -165,13 +165,13 @@ def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
     return Job(prompts=prompts, requests=requests, tokenizer=tokenizer, pad=end_ids[0] if end_ids else NO_END_ID)
 
 
-def _tokenizer_dir(options: RunOptions) -> Path:
+def tokenizer_directory(engine_dir: Path, tokenizer_dir: Path | None) -> Path:
     """The given directory, or the engine's own, into which the build copies the tokenizer."""
-    if options.tokenizer_dir is None:
-        return options.engine_dir
-    if not options.tokenizer_dir.is_dir():
-        raise UsageError(f"--tokenizer_dir {options.tokenizer_dir} is not a directory.")
-    return options.tokenizer_dir
+    if tokenizer_dir is None:
+        return engine_dir
+    if not tokenizer_dir.is_dir():
+        raise UsageError(f"--tokenizer_dir {tokenizer_dir} is not a directory.")
+    return tokenizer_dir
 
 
 def _load_tokenizer(options: RunOptions, prompts: list[Prompt], directory: Path) -> Tokenizer | None:
@@ -183,7 +183,8 @@ def _load_tokenizer(options: RunOptions, prompts: list[Prompt], directory: Path)
     return Tokenizer(directory)
 
 
-def _detokenizer_of(tokenizer: Tokenizer | None) -> Callable[[], Detokenizer | None]:
+def detokenizer_of(tokenizer: Tokenizer | None) -> Callable[[], Detokenizer | None]:
+    """What makes a detokenizer for each sequence; without a tokenizer there is no text."""
     if tokenizer is None:
         return lambda: None
     return partial(Detokenizer, tokenizer.decode, settled_ids(tokenizer))
