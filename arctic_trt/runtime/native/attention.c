@@ -11,7 +11,8 @@
 #include "vec.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define TILE 32 /* queries, heads of a group included, that share the unpacking of a page */
+#define TILE 64 /* queries, heads of a group included, that share the unpacking of a page */
+#define ROWS 4  /* queries, positions and vectors of the head that are multiplied at a time: 4 x 4 sums fit the registers */
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -67,35 +68,45 @@ static struct attend_room make_room(const struct attend_job *j, long rows) {
     return room;
 }
 
-/* Scores of one query for the first `seen` positions of a page; the others count nothing. */
-static void score_page(const struct attend_room *room, long r, long seen) {
-    const float *q = room->q + r * room->ldh;
-    float *score = room->score + r * room->ldp;
-    for (long p = 0; p < seen; p += 4) {
-        const float *k[4];
-        for (int i = 0; i < 4; i++) k[i] = room->page + least(p + i, seen - 1) * room->ldh;
-        vf a = SPLAT(0), b = a, c = a, d = a;
+/* Scores of ROWS queries (the last one repeated where fewer are left) for the first `seen` positions of the page. */
+static void score_rows(const struct attend_room *room, long r0, long rows, long seen) {
+    const float *q[ROWS];
+    for (int r = 0; r < ROWS; r++) q[r] = room->q + (r0 + least(r, rows - 1)) * room->ldh;
+    for (long p = 0; p < seen; p += ROWS) {
+        const float *k[ROWS];
+        for (int i = 0; i < ROWS; i++) k[i] = room->page + least(p + i, seen - 1) * room->ldh;
+        vf sum[ROWS][ROWS];
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int i = 0; i < ROWS; i++) sum[r][i] = SPLAT(0);
         for (long h = 0; h < room->ldh; h += W) {
-            vf query = LOAD(vf, q + h);
-            a += query * LOAD(vf, k[0] + h), b += query * LOAD(vf, k[1] + h);
-            c += query * LOAD(vf, k[2] + h), d += query * LOAD(vf, k[3] + h);
+            vf key[ROWS];
+            UNROLL for (int i = 0; i < ROWS; i++) key[i] = LOAD(vf, k[i] + h);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                vf query = LOAD(vf, q[r] + h);
+                UNROLL for (int i = 0; i < ROWS; i++) sum[r][i] += query * key[i];
+            }
         }
-        float four[4];
-        join_four(a, b, c, d, four);
-        for (int i = 0; i < 4 && p + i < seen; i++) score[p + i] = four[i];
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float four[ROWS];
+            join_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3], four);
+            if (r < rows) memcpy(room->score + (r0 + r) * room->ldp + p, four, least(ROWS, room->ldp - p) * 4);
+        }
     }
-    for (long p = seen; p < room->ldp; p++) score[p] = -INFINITY;
 }
 
-/* Turn scores into weights against the running maximum, and rescale what was summed before. */
-static void weigh_page(const struct attend_room *room, long r) {
-    float *score = room->score + r * room->ldp, *sum = room->sum + r * room->ldh, most = room->most[r];
-    for (long p = 0; p < room->ldp; p++) most = score[p] > most || score[p] != score[p] ? score[p] : most;
+/* Turn scores into weights against the running maximum, and rescale what was summed before; positions from `seen` on weigh 0. */
+static void weigh_row(const struct attend_room *room, long r, long seen) {
+    float *score = room->score + r * room->ldp, *sum = room->sum + r * room->ldh, most = room->most[r], part[W];
+    for (long p = seen; p < room->ldp; p++) score[p] = -INFINITY;
+    vf largest = LOAD(vf, score), total = SPLAT(0);
+    for (long p = W; p < room->ldp; p += W) largest = larger(largest, LOAD(vf, score + p));
+    STORE(part, largest);
+    for (int i = 0; i < W; i++) most = part[i] > most ? part[i] : most;
     float factor = expf(room->most[r] - most);
-    vf total = SPLAT(0);
     for (long p = 0; p < room->ldp; p += W) {
         vf below = LOAD(vf, score + p) - most;
         vf weight = pick((vi)(below < SPLAT(-87.f)), SPLAT(0), exponential(below));
+        weight = pick((vi)(below == below), weight, below); /* what is not a number stays so */
         STORE(score + p, weight);
         total += weight;
     }
@@ -104,34 +115,50 @@ static void weigh_page(const struct attend_room *room, long r) {
     for (long h = 0; h < room->ldh; h += W) STORE(sum + h, LOAD(vf, sum + h) * factor);
 }
 
-static void add_values(const struct attend_room *room, long r, long seen) {
-    const float *weight = room->score + r * room->ldp;
-    for (long h = 0; h < room->ldh; h += 4 * W) {
-        float *sum = room->sum + r * room->ldh + h;
-        const float *value = room->page + h;
-        int wide = (int)least(4, (room->ldh - h) / W);
-        vf part[4];
-        for (int i = 0; i < wide; i++) part[i] = LOAD(vf, sum + i * W);
-        for (long p = 0; p < seen; p++)
-            for (int i = 0; i < wide; i++) part[i] += weight[p] * LOAD(vf, value + p * room->ldh + i * W);
-        for (int i = 0; i < wide; i++) STORE(sum + i * W, part[i]);
+/* Add the first `seen` values of the page, weighted, to the sums of ROWS queries; a query that sees fewer has weights of 0. */
+INLINE void add_some_values(const struct attend_room *room, long r0, int rows, long h, int wide, long seen) {
+    vf sum[ROWS][ROWS];
+    const float *value = room->page + h, *weight = room->score + r0 * room->ldp;
+    float *out = room->sum + r0 * room->ldh + h;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < wide; i++) sum[r][i] = LOAD(vf, out + r * room->ldh + i * W);
+    for (long p = 0; p < seen; p++, value += room->ldh) {
+        UNROLL for (int r = 0; r < rows; r++) {
+            vf share = SPLAT(weight[r * room->ldp + p]);
+            UNROLL for (int i = 0; i < wide; i++) sum[r][i] += share * LOAD(vf, value + i * W);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < wide; i++) STORE(out + r * room->ldh + i * W, sum[r][i]);
+}
+
+static void add_values(const struct attend_room *room, long r0, long rows, long seen) {
+    for (long h = 0; h < room->ldh;) {
+        int wide = room->ldh - h >= ROWS * W ? ROWS : 1;
+        if (rows >= ROWS && wide == ROWS)
+            add_some_values(room, r0, ROWS, h, ROWS, seen);
+        else if (wide == ROWS)
+            for (long r = 0; r < least(rows, ROWS); r++) add_some_values(room, r0 + r, 1, h, ROWS, seen);
+        else
+            for (long r = 0; r < least(rows, ROWS); r++) add_some_values(room, r0 + r, 1, h, 1, seen);
+        h += wide * W;
     }
 }
 
+/* All rows of a piece against one page; the first token sees `first_seen` of its positions, each later one a position more. */
 static void attend_page(const struct attend_job *j, const struct attend_room *room, long page, long head, long first_seen, long tokens) {
-    long group = j->N / j->K, last_seen = least(first_seen + tokens - 1, j->P);
+    long group = j->N / j->K, rows = tokens * group, last_seen = least(first_seen + tokens - 1, j->P);
+    long blind = first_seen > 0 ? 0 : (1 - first_seen) * group; /* rows of tokens before this page */
     for (int values = 0; values < 2; values++) {
         long at = ((page * 2 + values) * j->K + head) * j->P * j->H;
         for (long p = 0; p < last_seen; p++) unpack_row(j->kind, j->pages, at + p * j->H, j->H, room->page + p * room->ldh);
-        for (long r = 0; r < tokens * group; r++) {
-            long seen = least(first_seen + r / group, j->P);
-            if (seen <= 0) continue;
+        for (long r0 = blind; r0 < rows; r0 += ROWS) {
             if (values) {
-                add_values(room, r, seen);
-            } else {
-                score_page(room, r, seen);
-                weigh_page(room, r);
+                add_values(room, r0, rows - r0, last_seen);
+                continue;
             }
+            score_rows(room, r0, rows - r0, last_seen);
+            for (long r = r0; r < least(r0 + ROWS, rows); r++) weigh_row(room, r, least(first_seen + r / group, j->P));
         }
     }
 }

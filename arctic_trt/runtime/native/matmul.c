@@ -9,10 +9,9 @@
 #define FAST_E4M3 0
 #endif
 
-#define PANEL_BYTES (256 << 10) /* of unpacked weights, to stay in a core's second-level cache */
+#define PANEL_ROWS 32           /* of weights that are unpacked at a time, to stay in a core's second-level cache */
 #define LINE 64 /* bytes of a cache line */
 #define MOST_ROWS 8 /* of any tile; arrays of that size, since the compiler keeps only arrays of known size in registers */
-#define UNROLL _Pragma("GCC unroll 8")
 #define DIRECT_ROWS 4           /* up to so many rows of x, unpacking weights as they come costs less than keeping them */
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
@@ -110,7 +109,7 @@ static const void *panel_f32(long kind, const void *w, long rows, long K) {
 static void multiply_f32(const float *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
     long ldx = up(w->K, W), size = element_bytes(w->kind);
     int direct = M <= DIRECT_ROWS || w->kind == F32;
-    long panel_rows = direct ? n1 - n0 : up(PANEL_BYTES / (ldx * 4) + 1, TILE_COLS);
+    long panel_rows = direct ? n1 - n0 : PANEL_ROWS;
     for (long p0 = n0; p0 < n1; p0 += panel_rows) {
         long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
         const uint8_t *panel = (const uint8_t *)w->data + p0 * w->K * size;
@@ -209,13 +208,16 @@ INLINE void tile_codes(const struct tables *t, int rows, int cols, const uint16_
     UNROLL for (int r = 0; r < rows; r++) join_four((vf)sum[r][0], (vf)sum[r][1], (vf)sum[r][2], (vf)sum[r][3], sums[r]);
 }
 
-/* The same products in the same order, of rows that have been unpacked; K is a multiple of CHUNK. */
-INLINE void tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, float sums[][TILE_COLS]) {
+/* The same products in the same order, of rows that have been unpacked; K is a multiple of CHUNK. Meanwhile a cache line is asked
+ * for with every step, which brings the codes of the next panel. */
+INLINE void tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, const uint8_t *ahead,
+                      float sums[][TILE_COLS]) {
     __m512 sum[MOST_ROWS][TILE_COLS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < TILE_COLS; c++) sum[r][c] = _mm512_setzero_ps();
     for (long k = 0; k < K; k += CHUNK / 2) {
         __m512bh weight[TILE_COLS];
+        __builtin_prefetch(ahead + k * (LINE / (CHUNK / 2)), 0, 2);
         UNROLL for (int c = 0; c < TILE_COLS; c++) weight[c] = (__m512bh)_mm512_load_si512(w + c * ldw + k);
         UNROLL for (int r = 0; r < rows; r++) {
             __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * ldx + k);
@@ -243,14 +245,15 @@ static void any_tile_codes(const struct tables *t, int rows, int cols, const uin
     }
 }
 
-static void any_tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, float sums[][TILE_COLS]) {
+static void any_tile_bf16(int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long K, const uint8_t *ahead,
+                          float sums[][TILE_COLS]) {
     switch (rows) {
-        case 1: tile_bf16(1, x, ldx, w, ldw, K, sums); break;
-        case 2: tile_bf16(2, x, ldx, w, ldw, K, sums); break;
-        case 3: tile_bf16(3, x, ldx, w, ldw, K, sums); break;
-        case 4: tile_bf16(4, x, ldx, w, ldw, K, sums); break;
-        case 5: tile_bf16(5, x, ldx, w, ldw, K, sums); break;
-        default: tile_bf16(6, x, ldx, w, ldw, K, sums);
+        case 1: tile_bf16(1, x, ldx, w, ldw, K, ahead, sums); break;
+        case 2: tile_bf16(2, x, ldx, w, ldw, K, ahead, sums); break;
+        case 3: tile_bf16(3, x, ldx, w, ldw, K, ahead, sums); break;
+        case 4: tile_bf16(4, x, ldx, w, ldw, K, ahead, sums); break;
+        case 5: tile_bf16(5, x, ldx, w, ldw, K, ahead, sums); break;
+        default: tile_bf16(6, x, ldx, w, ldw, K, ahead, sums);
     }
 }
 
@@ -291,15 +294,16 @@ static void multiply_e4m3(const uint16_t *x, long M, const struct weights *w, lo
         return;
     }
     struct tables t = load_tables();
-    long ld = row_bf16(w->K), panel_rows = up(PANEL_BYTES / (ld * 2) + 1, TILE_COLS);
-    for (long p0 = n0; p0 < n1; p0 += panel_rows) {
-        long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
-        const uint16_t *panel = panel_bf16(&t, (const uint8_t *)w->data + p0 * w->K, p1 - p0, w->K);
+    long ld = row_bf16(w->K), K = up(w->K, CHUNK), asked_a_tile = K * (LINE / (CHUNK / 2));
+    for (long p0 = n0; p0 < n1; p0 += PANEL_ROWS) {
+        long p1 = p0 + PANEL_ROWS < n1 ? p0 + PANEL_ROWS : n1, to_ask = p1 < n1 ? PANEL_ROWS * w->K : 0;
+        const uint8_t *codes = (const uint8_t *)w->data + p0 * w->K, *ahead = codes + (p1 - p0) * w->K;
+        const uint16_t *panel = panel_bf16(&t, codes, p1 - p0, w->K);
         for (long m = 0; m < M; m += TILE_ROWS)
-            for (long n = p0; n < p1; n += TILE_COLS) {
+            for (long n = p0; n < p1; n += TILE_COLS, to_ask -= asked_a_tile, ahead += asked_a_tile) {
                 int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS, real = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
-                float sums[TILE_ROWS][TILE_COLS];
-                any_tile_bf16(rows, x + m * ld, ld, panel + (n - p0) * ld, ld, up(w->K, CHUNK), sums);
+                float sums[MOST_ROWS][TILE_COLS];
+                any_tile_bf16(rows, x + m * ld, ld, panel + (n - p0) * ld, ld, K, to_ask > 0 ? ahead : (const uint8_t *)panel, sums);
                 for (int r = 0; r < rows; r++) put(to, m + r, n, real, sums[r], w->alpha);
             }
     }

@@ -10,8 +10,8 @@
 #include "vec.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time, if it has much to do with each */
-#define FEW_TOKENS 16    /* so few that weights are read faster than they are multiplied: longer pieces then read more evenly */
+#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time, at least */
+#define MOST_PIECE_ROWS 512
 #define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -111,10 +111,11 @@ static void route_piece(void *job, long t) {
 
 /* ---- projections ---- */
 
-/* Rows of weights in a piece of a product of M rows of x with N rows of weights. */
-static long piece_rows(long M, long N) {
-    long share = N / (4 * num_threads()) / PIECE_ROWS * PIECE_ROWS;
-    return M <= FEW_TOKENS && share > PIECE_ROWS ? share : PIECE_ROWS;
+/* Rows of each of `stacks` stacks of N rows of weights that make a piece: four pieces a thread, but neither so short that starting
+ * one is felt nor so long that a thread waits for another. Within a piece the next weights are on their way when they are needed. */
+static long piece_rows(long stacks, long N) {
+    long share = stacks * N / (4 * num_threads()) / PIECE_ROWS * PIECE_ROWS;
+    return share < PIECE_ROWS ? PIECE_ROWS : least(share, MOST_PIECE_ROWS);
 }
 
 struct project_job {
@@ -132,7 +133,7 @@ static void project_piece(void *job, long piece) {
 }
 
 static void multiply_all(const struct weights *w, const void *x, long M, float *y) {
-    struct project_job job = {w, x, M, {y, w->N, NULL, NULL}, piece_rows(M, w->N)};
+    struct project_job job = {w, x, M, {y, w->N, NULL, NULL}, piece_rows(1, w->N)};
     run_pieces(project_piece, &job, pieces_of(w->N, job.rows));
 }
 
@@ -276,7 +277,7 @@ static void some_experts(const float *x, long T, long D, long F, const int64_t *
     uint8_t *rows = scratch(7, pairs * x_bytes);
     const uint8_t *prepared = prepare_rows(1, fc->kind, x, T, D, fc_scale);
     for (long i = 0; i < pairs; i++) memcpy(rows + i * x_bytes, prepared + token[i] * x_bytes, x_bytes);
-    long fc_rows = piece_rows(T, 2 * F), proj_rows = piece_rows(T, D);
+    long fc_rows = piece_rows(num_busy, 2 * F), proj_rows = piece_rows(1, D);
     struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, fc_rows, pieces_of(2 * F, fc_rows), proj_rows, rows, x_bytes,
                               inner_bytes, scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
     run_pieces(expert_fc_piece, &job, num_busy * job.fc_pieces);

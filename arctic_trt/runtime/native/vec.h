@@ -20,6 +20,7 @@
 #define TILE_COLS 4
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
+#define UNROLL _Pragma("GCC unroll 8")
 
 typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
