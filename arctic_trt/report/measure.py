@@ -25,7 +25,7 @@ FREE_SHARE = 4
 """The trial file takes at most this part of the free space."""
 CAST_ELEMENTS = 4 << 20
 GEMM_ROWS, GEMM_INNER, GEMM_COLUMNS = 512, 4096, 2048
-LEAST_STREAM_BYTES = 256 << 20
+LEAST_STREAM_BYTES = 512 << 20
 CACHES = 4
 """What is read to measure memory is so many times larger than the last-level cache."""
 STREAM_ROUNDS = 3
@@ -121,14 +121,20 @@ def _read(fd: int, seconds: float) -> float:
 
 
 def _per_second(make_work: Callable[[], Callable[[], int]], threads: int, seconds: float) -> float:
-    """Units a second of ``threads`` threads that each repeat a work of their own; at least two rounds each, one to warm up."""
+    """Units a second of ``threads`` threads that each repeat a work of their own; at least two rounds each, one to warm up.
+
+    All are warm before the first is timed, so that none is timed alone.
+    """
     import torch
 
     stop = threading.Event()
 
-    def repeat() -> float:
+    def prepare() -> Callable[[], int]:
         work = make_work()
         work()
+        return work
+
+    def repeat(work: Callable[[], int]) -> float:
         units, began = 0, time.perf_counter()
         while True:
             units += work()
@@ -138,7 +144,8 @@ def _per_second(make_work: Callable[[], Callable[[], int]], threads: int, second
 
     with ThreadPoolExecutor(threads, "measure", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return sum(future.result() for future in [pool.submit(repeat) for _ in range(threads)])
+            works = [future.result() for future in [pool.submit(prepare) for _ in range(threads)]]
+            return sum(future.result() for future in [pool.submit(repeat, work) for work in works])
         finally:
             stop.set()
 

@@ -11,6 +11,7 @@ import torch
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime import open_engine as module
+from arctic_trt.runtime.batcher import Listeners
 from arctic_trt.runtime.open_engine import OpenEngine, open_engine
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
@@ -96,3 +97,18 @@ def test_an_engine_that_cannot_stay_open_is_refused(tiny: Model, tmp_path: Path,
         open_engine(tiny.engine("tiny-tp2", tp_size=2))
     with pytest.raises(UsageError, match=r"hf/config\.json describes a Hugging Face model, not an engine"):
         open_engine(tiny.hf_dir)
+
+
+def test_requests_come_to_an_open_engine_between_steps(tiny: Model, tmp_path: Path) -> None:
+    prompts = tiny.prompts(8, 3)
+    alone, _ = complete(tiny.engine("fp8"), prompts, tmp_path, max_output_len=6, end_id=-1)
+    engine, done = open_engine(tiny.engine("fp8")), {}
+    for _ in range(2):
+        with engine.batcher(listeners=Listeners(on_done=lambda index, completion: done.update({index: completion}))) as batcher:
+            batcher.add(request(0, prompts[0]))
+            batcher.step()
+            batcher.add(request(1, prompts[1]))
+            while not batcher.idle:
+                batcher.step()
+        assert [list(done.pop(index).token_ids) for index in (0, 1)] == [output.token_ids for output in alone.outputs]
+        assert len(engine._backend.worker._cache) == 0

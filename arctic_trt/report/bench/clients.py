@@ -109,7 +109,7 @@ class _Address:
             connection.request("POST", self._path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             self._check(response)
-            for data in parse_events(response):
+            for data in parse_events(_lines(response)):
                 if data == end:
                     return
                 yield self._decode(data)
@@ -133,6 +133,16 @@ class _Address:
         if event.get("error"):
             raise ServerError(f"{self.url} answered with an error: {json.dumps(event['error'])[:SHOWN]}.")
         return event
+
+
+def _lines(response: HTTPResponse) -> Iterator[bytes]:
+    """As its own ``readline`` gives them, which however takes a connection that breaks for the end of the stream."""
+    rest = b""
+    while received := response.read1():
+        *whole, rest = (rest + received).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
 
 
 def parse_events(lines: Iterable[bytes]) -> Iterator[str]:

@@ -41,8 +41,9 @@ def draw_batches(rows: Sequence[BatchRow], kind: str) -> bytes:
             xs, ys = [row.latency_s for row in line], [row.output_tokens_per_s for row in line]
             axes.plot(xs, ys, "o-", color=colour, label=_name_length(length))
             for row, x, y in zip(line, xs, ys, strict=True):
-                _name_point(axes, str(row.num_prompts), x, y)
+                _name_point(axes, str(row.num_prompts), x, y, colour, above=length == lengths[0])
         _finish(axes, "latency of the batch, s", "output tokens/s", "throughput against latency; points: prompts at once")
+        _explain(figure, axes, columns=3)
 
     return _render(draw, kind)
 
@@ -61,10 +62,11 @@ def draw_online(rows: Sequence[OnlineRow], kind: str) -> bytes:
                 how: dict[str, Any] = {"color": colour, "linestyle": line_style, "marker": "o", "label": name}
                 left.plot([getattr(row.latency_s, share) for row in line], ys, **how)
                 right.plot(rates, [1000 * getattr(row.ttft_s, share) for row in line], **how)
-            for row, y in zip(line, ys, strict=True):
-                _name_point(left, f"{row.qps:g}/s", row.latency_s.p50, y)
+            for row, y in zip(line if length == lengths[0] else [], ys, strict=False):
+                _name_point(left, f"{row.qps:g}/s", row.latency_s.p50, y, LIGHT.series[0])
         _finish(left, "latency of a request, s", "output tokens/s", "throughput against latency; points: requests/s")
         _finish(right, "requests/s", "time to first token, ms", "time to first token, from the arrival")
+        _explain(figure, left, columns=len(SHOWN))
 
     return _render(draw, kind)
 
@@ -87,12 +89,19 @@ def _finish(axes: Axes, x: str, y: str, title: str) -> None:
     axes.set_ylim(bottom=0, top=1.12 * axes.get_ylim()[1])
     axes.grid()
     caption(axes, title, LIGHT)
-    if len(axes.get_lines()) > 1:
-        axes.legend(frameon=False)
 
 
-def _name_point(axes: Axes, name: str, x: float, y: float) -> None:
-    axes.annotate(name, (x, y), (0, 7), textcoords="offset points", ha="center", va="bottom", color=LIGHT.muted)
+def _explain(figure: Figure, axes: Axes, columns: int) -> None:
+    """The names of the lines below everything, a row of ``columns`` after the other."""
+    lines = axes.get_lines()
+    across = [line for column in range(columns) for line in lines[column::columns]]
+    figure.legend(handles=across, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _name_point(axes: Axes, name: str, x: float, y: float, colour: str, *, above: bool = True) -> None:
+    """To the upper left or the lower right, where a line that rises leaves room."""
+    side, ha, va = ((-6, 3), "right", "bottom") if above else ((6, -3), "left", "top")
+    axes.annotate(name, (x, y), side, textcoords="offset points", ha=ha, va=va, color=colour)
 
 
 def _lengths(rows: Sequence[BatchRow] | Sequence[OnlineRow]) -> list[int | None]:

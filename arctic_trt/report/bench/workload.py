@@ -100,6 +100,8 @@ def words_of(tokenizer: Tokenizer) -> list[int]:
     All ids but those of control tokens where the vocabulary marks no words.
     """
     vocabulary: dict[str, int] = tokenizer.hf.get_vocab()
-    words = [token for piece, token in vocabulary.items() if piece.startswith(WORD_MARKS) and piece[1:].isalpha()]
+    words = {piece[1:]: token for piece, token in vocabulary.items() if piece.startswith(WORD_MARKS) and piece[1:].isalpha()}
+    encoded = tokenizer.hf([f" {word}" for word in words], add_special_tokens=False)["input_ids"] if words else []
+    whole = sorted(token for token, ids in zip(words.values(), encoded, strict=True) if ids[-1] == token)
     special = set(tokenizer.hf.all_special_ids)
-    return sorted(words) or sorted(token for token in vocabulary.values() if token not in special)
+    return whole or sorted(token for token in vocabulary.values() if token not in special)
