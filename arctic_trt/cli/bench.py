@@ -119,7 +119,7 @@ def batch(
     from arctic_trt.report.bench.plot import draw_batches
     from arctic_trt.report.bench.run import plan_batch_rounds, run_batches, warm_up
     from arctic_trt.report.bench.session import measure_memory
-    from arctic_trt.report.bench.table import BATCH_HEADER, batch_csv, batch_table, roofline_table
+    from arctic_trt.report.bench.table import BATCH_HEADER, batch_csv, batch_memory_table, batch_table
 
     cases = plan_batches(num_queries, session.lengths)
     rounds = plan_batch_rounds(session.workload, cases, max_new_tokens=session.options.max_new_tokens, repeat=repeat)
@@ -134,7 +134,7 @@ def batch(
             _draw(plot, draw_batches(result.rows, plot.suffix[1:]))
         output.result({**result.as_dict(), **session.as_dict(place)})
         output.table("Batches", batch_table(result.rows), BATCH_HEADER, always=True)
-        if beside := roofline_table(result):
+        if beside := batch_memory_table(result):
             output.table("Memory", beside, always=True)
 
 
@@ -156,8 +156,9 @@ def online(
     session = _plan(output, csv_file, plot, flags)
     from arctic_trt.report.bench.plan import plan_rates
     from arctic_trt.report.bench.plot import draw_online
-    from arctic_trt.report.bench.run import online_result, plan_online_rounds, run_online, warm_up
-    from arctic_trt.report.bench.table import ONLINE_HEADER, online_csv, online_table
+    from arctic_trt.report.bench.run import plan_online_rounds, run_online, warm_up
+    from arctic_trt.report.bench.session import measure_memory
+    from arctic_trt.report.bench.table import ONLINE_HEADER, online_csv, online_memory_table, online_table
 
     cases = plan_rates(queries_per_second, session.lengths, num_requests)
     options = session.options
@@ -168,12 +169,15 @@ def online(
         if place is None:
             return
         warm_up(place.target, session.warmup)
-        rows = run_online(place.target, rounds, _watch(output))
-        _write(csv_file, online_csv(rows, session.framework))
+        memory = measure_memory(place.engine) if place.engine else None
+        result = run_online(place.target, rounds, memory, _watch(output))
+        _write(csv_file, online_csv(result.rows, session.framework))
         if plot:
-            _draw(plot, draw_online(rows, plot.suffix[1:]))
-        output.result({**online_result(rows), "concurrency": client_num, **session.as_dict(place)})
-        output.table("Requests at random times", online_table(rows), ONLINE_HEADER, always=True)
+            _draw(plot, draw_online(result.rows, plot.suffix[1:]))
+        output.result({**result.as_dict(), "concurrency": client_num, **session.as_dict(place)})
+        output.table("Requests at random times", online_table(result.rows), ONLINE_HEADER, always=True)
+        if beside := online_memory_table(result):
+            output.table("Memory", beside, always=True)
 
 
 def _plan(output: Output, csv_file: Path | None, plot: Path | None, flags: dict[str, Any]) -> Session:

@@ -42,6 +42,10 @@ class Memory:
     bandwidth: float
     max_batch_size: int
 
+    def bytes_per_token(self, row: BatchRow | OnlineRow) -> float:
+        """What a decode step of one sequence reads, at the context of ``row``."""
+        return self.traffic.step_bytes(1, mean_context(row.input_tokens, row.output_tokens))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult:
@@ -54,20 +58,45 @@ class BatchResult:
     def smallest(self) -> BatchRow:
         return min(self.rows, key=lambda row: row.num_prompts)
 
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self.rows, self.memory, self.smallest, self.smallest.roofline_share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineResult:
+    """Rows, and how far the median time between tokens is from what memory allows one sequence, at the lowest rate."""
+
+    rows: list[OnlineRow]
+    memory: Memory | None
+
     @property
-    def bytes_per_token(self) -> float | None:
-        """What a decode step of one sequence reads, at the context of the smallest batch."""
-        if self.memory is None:
-            return None
-        return self.memory.traffic.step_bytes(1, mean_context(self.smallest.input_tokens, self.smallest.output_tokens))
+    def slowest(self) -> OnlineRow:
+        return min(self.rows, key=lambda row: row.qps)
+
+    @property
+    def least_itl_s(self) -> float | None:
+        """The time in which memory delivers what a step of one sequence reads."""
+        return self.memory.bytes_per_token(self.slowest) / self.memory.bandwidth if self.memory else None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """Of the time between tokens, the part that memory needs."""
+        least, found = self.least_itl_s, self.slowest.itl_s
+        return least / found.p50 if least and found else None
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "rows": [asdict(row) for row in self.rows],
-            "bandwidth_gb_s": self.memory and self.memory.bandwidth / 1e9,
-            "bytes_per_token": self.bytes_per_token,
-            "roofline_share": self.smallest.roofline_share,
-        }
+        return _as_dict(self.rows, self.memory, self.slowest, self.roofline_share)
+
+
+def _as_dict(
+    rows: Sequence[BatchRow | OnlineRow], memory: Memory | None, reference: BatchRow | OnlineRow, share: float | None
+) -> dict[str, Any]:
+    return {
+        "rows": [asdict(row) for row in rows],
+        "bandwidth_gb_s": memory and memory.bandwidth / 1e9,
+        "bytes_per_token": memory and memory.bytes_per_token(reference),
+        "roofline_share": share,
+    }
 
 
 def plan_batch_rounds(workload: Workload, cases: Sequence[Case], *, max_new_tokens: int, repeat: int) -> list[Round]:
@@ -116,7 +145,7 @@ def run_batches(target: Target, rounds: Sequence[Round], memory: Memory | None, 
     return BatchResult(rows=rows, memory=memory)
 
 
-def run_online(target: Target, rounds: Sequence[Round], watch: Watch) -> list[OnlineRow]:
+def run_online(target: Target, rounds: Sequence[Round], memory: Memory | None, watch: Watch) -> OnlineResult:
     """Measure rates; a row counts the requests that failed, and :class:`ArcticTrtError` is raised if all of one have."""
     rows = []
     for round in rounds:
@@ -128,7 +157,7 @@ def run_online(target: Target, rounds: Sequence[Round], watch: Watch) -> list[On
         if errors:
             logger.warning("%d of %d requests failed; the first: %s", len(errors), len(traces), errors[0])
         rows.append(online_row(round.case, traces))
-    return rows
+    return OnlineResult(rows=rows, memory=memory)
 
 
 def median_row(repeated: Sequence[BatchRow]) -> BatchRow:
@@ -166,8 +195,3 @@ def _beside_memory(row: BatchRow, memory: Memory | None) -> BatchRow:
     steps_per_s = row.decode_tokens_per_s and row.decode_tokens_per_s / batch
     share = steps_per_s and step_bytes * steps_per_s / memory.bandwidth
     return replace(row, bytes_per_step=step_bytes, roofline_share=share)
-
-
-def online_result(rows: Sequence[OnlineRow]) -> dict[str, Any]:
-    """The object of ``bench online --json``."""
-    return {"rows": [asdict(row) for row in rows]}

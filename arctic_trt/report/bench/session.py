@@ -115,7 +115,8 @@ class Session:
 
     def _plan_workload(self) -> Workload:
         options = self.options
-        tokenizer = Tokenizer(options.tokenizer_dir) if options.tokenizer_dir else None
+        needed = options.input_file or self._engine is None
+        tokenizer = Tokenizer(options.tokenizer_dir) if options.tokenizer_dir and needed else None
         workload: Workload
         if options.input_file:
             workload = FilePrompts(read_prompts((), options.input_file), tokenizer)

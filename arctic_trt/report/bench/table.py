@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arctic_trt.output import gigabytes
-from arctic_trt.report.bench.run import BatchResult
+from arctic_trt.report.bench.run import BatchResult, Memory, OnlineResult
 from arctic_trt.report.bench.stats import BatchRow, OnlineRow, Spread
 
 BATCH_CSV = (
@@ -46,18 +46,37 @@ def batch_table(rows: Sequence[BatchRow]) -> list[tuple[str, ...]]:
     ]
 
 
-def roofline_table(result: BatchResult) -> list[tuple[str, str]]:
+def batch_memory_table(result: BatchResult) -> list[tuple[str, str]]:
     """What memory allows, beside what was reached; empty for a server, whose memory is not here."""
-    memory, per_token, row = result.memory, result.bytes_per_token, result.smallest
-    if memory is None or per_token is None or row.bytes_per_step is None:
+    memory, row = result.memory, result.smallest
+    if memory is None or row.bytes_per_step is None:
         return []
     batch = min(row.num_prompts, memory.max_batch_size)
     bound, reached = batch * memory.bandwidth / row.bytes_per_step, row.decode_tokens_per_s
     return [
-        ("read bandwidth", f"{gigabytes(memory.bandwidth)}/s, measured"),
-        ("bytes a token", f"{gigabytes(per_token)} at batch 1: weights in the engine's files and the cache, on all ranks"),
+        *_memory_lines(memory, row),
         ("decode at most", f"{bound:.1f} tokens/s at batch {batch}"),
         ("decode reached", "-" if reached is None else f"{reached:.1f} tokens/s, {row.roofline_share or 0:.1%} of it"),
+    ]
+
+
+def online_memory_table(result: OnlineResult) -> list[tuple[str, str]]:
+    """As for batches, for the time between tokens."""
+    memory, row, least, share = result.memory, result.slowest, result.least_itl_s, result.roofline_share
+    if memory is None or row.itl_s is None or least is None or share is None:
+        return []
+    return [
+        *_memory_lines(memory, row),
+        ("ITL at least", f"{1000 * least:.2f} ms, for one sequence alone"),
+        ("ITL reached", f"{1000 * row.itl_s.p50:.2f} ms, p50 at {row.qps:g} requests/s: memory needs {share:.1%} of it"),
+    ]
+
+
+def _memory_lines(memory: Memory, row: BatchRow | OnlineRow) -> list[tuple[str, str]]:
+    per_token = gigabytes(memory.bytes_per_token(row))
+    return [
+        ("read bandwidth", f"{gigabytes(memory.bandwidth)}/s, measured"),
+        ("bytes a token", f"{per_token} at batch 1: weights in the engine's files and the cache, on all ranks"),
     ]
 
 

@@ -11,7 +11,6 @@ from arctic_trt.report.bench.plan import Case, plan_rates, poisson_times
 from arctic_trt.report.bench.run import (
     Watch,
     median_row,
-    online_result,
     plan_online_rounds,
     run_batches,
     run_online,
@@ -44,7 +43,7 @@ def test_batches_beside_the_memory_by_hand() -> None:
     two, one = result.rows
     context = 16 + 11 / 2
     assert one.decode_tokens_per_s == pytest.approx(10) and two.decode_tokens_per_s == pytest.approx(20)
-    assert one.bytes_per_step == beside.traffic.step_bytes(1, context) == result.bytes_per_token
+    assert one.bytes_per_step == beside.traffic.step_bytes(1, context) == result.as_dict()["bytes_per_token"]
     assert one.roofline_share == pytest.approx(beside.traffic.step_bytes(1, context) * 10 / 1e8)
     assert two.roofline_share == pytest.approx(beside.traffic.step_bytes(2, context) * 10 / 1e8)
     assert result.smallest is one
@@ -82,12 +81,25 @@ def test_failed_requests_of_a_rate_are_counted_and_said(caplog: pytest.LogCaptur
     cases = plan_rates([2.0], [16], 4)
     rounds = plan_online_rounds(RandomPrompts(range(99), 0), cases, max_new_tokens=3, concurrency=7, seed=2)
     with caplog.at_level(logging.WARNING):
-        (row,) = run_online(Clockwork(errors=[None, "it was tired.", None, "so was I."]), rounds, Watch())
+        (row,) = run_online(Clockwork(errors=[None, "it was tired.", None, "so was I."]), rounds, None, Watch()).rows
     assert (row.num_requests, row.failed, row.ttft_s.p50) == (4, 2, pytest.approx(1.0))
     assert caplog.messages == ["2 of 4 requests failed; the first: it was tired."]
-    assert online_result([row])["rows"][0]["itl_s"]["p99"] == pytest.approx(0.1)
     with pytest.raises(ArcticTrtError, match="4 of 4 requests failed"):
-        run_online(Clockwork(errors=["no."] * 4), rounds, Watch())
+        run_online(Clockwork(errors=["no."] * 4), rounds, None, Watch())
+
+
+def test_times_between_tokens_beside_the_memory_by_hand() -> None:
+    """A tenth of a second between tokens, at both rates: memory needs the bytes of one sequence's step over the bandwidth."""
+    beside, cases = memory(bandwidth=1e8), plan_rates([4.0, 2.0], [16], 3)
+    rounds = plan_online_rounds(RandomPrompts(range(99), 0), cases, max_new_tokens=8, concurrency=7, seed=2)
+    result = run_online(Clockwork(), rounds, beside, Watch())
+    assert result.slowest.qps == 2.0
+    value = result.as_dict()
+    assert value["bytes_per_token"] == beside.traffic.step_bytes(1, 16 + 8 / 2)
+    assert value["roofline_share"] == pytest.approx(value["bytes_per_token"] / 1e8 / 0.1)
+    assert value["rows"][0]["itl_s"]["p99"] == pytest.approx(0.1)
+    without = run_online(Clockwork(), rounds, None, Watch()).as_dict()
+    assert (without["bandwidth_gb_s"], without["bytes_per_token"], without["roofline_share"]) == (None, None, None)
 
 
 def test_warming_up_is_served_at_once_and_may_not_fail() -> None:

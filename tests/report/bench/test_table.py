@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arctic_trt.report.bench.plan import Case
-from arctic_trt.report.bench.run import BatchResult, Watch, run_batches
+from arctic_trt.report.bench.run import BatchResult, OnlineResult, Watch, run_batches
 from arctic_trt.report.bench.stats import OnlineRow, Spread, Trace, batch_row
 from arctic_trt.report.bench.table import (
     BATCH_CSV,
@@ -13,10 +13,11 @@ from arctic_trt.report.bench.table import (
     ONLINE_CSV,
     ONLINE_HEADER,
     batch_csv,
+    batch_memory_table,
     batch_table,
     online_csv,
+    online_memory_table,
     online_table,
-    roofline_table,
 )
 from tests.report.bench.clockwork import Clockwork, batches, memory
 
@@ -93,14 +94,23 @@ def test_what_is_unknown_is_a_dash() -> None:
 
 
 def test_memory_for_people(result: BatchResult) -> None:
-    lines = dict(roofline_table(result))
+    lines = dict(batch_memory_table(result))
     assert lines["read bandwidth"] == "1.00 GB/s, measured"
     assert lines["decode at most"] == f"{1e9 / result.rows[0].bytes_per_step:.1f} tokens/s at batch 1"
     assert lines["decode reached"] == f"10.0 tokens/s, {result.rows[0].roofline_share:.1%} of it"
-    assert roofline_table(BatchResult(rows=result.rows, memory=None)) == []
+    assert batch_memory_table(BatchResult(rows=result.rows, memory=None)) == []
 
 
 def test_a_rate_for_people() -> None:
     (row,) = online_table([ONLINE])
     assert len(row) == len(ONLINE_HEADER)
     assert row == ("0.5", "64", "8", "1", "25.2", "100.0 / 300.0 / 400.0", "10.0 / 30.0 / 40.0", "1.00 / 3.00 / 4.00")
+
+
+def test_memory_beside_a_rate_for_people() -> None:
+    allowed = memory(bandwidth=1e9)
+    lines = dict(online_memory_table(OnlineResult(rows=[ONLINE], memory=allowed)))
+    least = allowed.bytes_per_token(ONLINE) / 1e9
+    assert lines["ITL at least"] == f"{1000 * least:.2f} ms, for one sequence alone"
+    assert lines["ITL reached"] == f"10.00 ms, p50 at 0.5 requests/s: memory needs {least / 0.01:.1%} of it"
+    assert online_memory_table(OnlineResult(rows=[ONLINE], memory=None)) == []
