@@ -12,6 +12,8 @@ import torch
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime import open_engine as module
 from arctic_trt.runtime.batcher import Listeners
+from arctic_trt.runtime.blocks import BLOCK_TOKENS
+from arctic_trt.runtime.kv_budget import KvBudget
 from arctic_trt.runtime.open_engine import OpenEngine, open_engine
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
@@ -99,10 +101,11 @@ def test_an_engine_that_cannot_stay_open_is_refused(tiny: Model, tmp_path: Path,
         open_engine(tiny.hf_dir)
 
 
-def test_requests_come_to_an_open_engine_between_steps(tiny: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [KvBudget(), KvBudget(max_tokens=BLOCK_TOKENS)], ids=["room", "room for one"])
+def test_requests_come_to_an_open_engine_between_steps(tiny: Model, tmp_path: Path, budget: KvBudget) -> None:
     prompts = tiny.prompts(8, 3)
     alone, _ = complete(tiny.engine("fp8"), prompts, tmp_path, max_output_len=6, end_id=-1)
-    engine, done = open_engine(tiny.engine("fp8")), {}
+    engine, done = open_engine(tiny.engine("fp8"), budget), {}
     for _ in range(2):
         with engine.batcher(listeners=Listeners(on_done=lambda index, completion: done.update({index: completion}))) as batcher:
             batcher.add(request(0, prompts[0]))
