@@ -19,6 +19,7 @@ from arctic_trt.errors import RefusedError
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
 NO_LIMIT = 2**63
 UNLIMITED_V1 = 1 << 60
 """What version 1 of control groups writes for "no limit" is a little less than 2**63; nobody means an exbibyte."""
@@ -217,6 +218,18 @@ def available_cores(processes: int = 1) -> int:
     """Cores for one of ``processes`` that share the machine, or a container's part of it, and no more than it is allowed on."""
     shares = [math.ceil(share) for share in map(_cpu_share, _groups("cpu")) if share is not None]
     return max(1, min(len(os.sched_getaffinity(0)), min([os.cpu_count() or 1, *shares]) // processes))
+
+
+def last_level_cache() -> int:
+    """Bytes of all caches of the last level together; 0 where the kernel does not say."""
+    sizes: dict[str, int] = {}
+    for index in CPUS.glob("cpu[0-9]*/cache/index3"):
+        try:
+            size, shared_by = ((index / name).read_text().strip() for name in ("size", "shared_cpu_list"))
+        except OSError:  # a core that has been switched off meanwhile
+            continue
+        sizes[shared_by] = int(size.removesuffix("K")) * 1024 if size.endswith("K") else 0
+    return sum(sizes.values())
 
 
 def package_version(name: str) -> str | None:

@@ -359,6 +359,21 @@ def test_versions_come_from_metadata() -> None:
     assert package_version("no-such-package-anywhere") is None
 
 
+def test_the_last_level_cache_is_counted_once_however_many_cores_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CPUS", tmp_path)
+    assert machine.last_level_cache() == 0
+    for core, shared in enumerate(["0-1", "0-1", "2-3", "2-3"]):
+        cache = tmp_path / f"cpu{core}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text("32768K\n")
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+    (tmp_path / "cpu4" / "cache" / "index3").mkdir(parents=True)
+    (tmp_path / "cpufreq").mkdir()
+    assert machine.last_level_cache() == 2 * 32768 * 1024
+
+
 def test_importing_it_imports_nothing_heavy() -> None:
     script = (
         "import sys, arctic_trt.machine; print(sorted({'torch', 'numpy', 'pydantic', 'importlib.metadata'} & set(sys.modules)))"

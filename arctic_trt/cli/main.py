@@ -21,6 +21,7 @@ COMMANDS = {
     "build": "Build an engine directory from a TensorRT-LLM checkpoint.",
     "plan": "Forecast sizes, memory, disk, time and GPUs, from config.json alone.",
     "run": "Generate text with an engine, alone or under mpirun.",
+    "bench": "Measure latency and throughput of an engine or a server.",
     "lm_eval": "Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
     "doctor": "Say what this machine has, which steps work on it, and what to do next.",
 }

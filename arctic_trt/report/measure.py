@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arctic_trt.errors import RefusedError
-from arctic_trt.machine import available_cores
+from arctic_trt.machine import available_cores, last_level_cache
 
 CHUNK_BYTES = 4 << 20
 FIRST_SYNC_BYTES = 32 << 20
@@ -25,6 +25,10 @@ FREE_SHARE = 4
 """The trial file takes at most this part of the free space."""
 CAST_ELEMENTS = 4 << 20
 GEMM_ROWS, GEMM_INNER, GEMM_COLUMNS = 512, 4096, 2048
+LEAST_STREAM_BYTES = 512 << 20
+CACHES = 4
+"""What is read to measure memory is so many times larger than the last-level cache."""
+STREAM_ROUNDS = 3
 WRITE_SHARE, READ_SHARE, CAST_SHARE = 0.4, 0.3, 0.5
 """Of the time that is left when each begins; the matrix products take the rest."""
 
@@ -76,6 +80,23 @@ def measure_disk(directory: Path, deadline: float) -> tuple[float, float]:
         ) from None
 
 
+def measure_read_bandwidth(*, seconds: float = 0.9, threads: int | None = None) -> float:
+    """Bytes a second that ``threads`` cores (all of them, unless given) read from memory together: the best of three rounds.
+
+    Each thread sums float32 numbers of its own, one after another; all threads' numbers together are at least four times the
+    last-level cache. Nothing is written.
+    """
+    import torch
+
+    threads = threads or available_cores()
+    floats = max(LEAST_STREAM_BYTES, CACHES * last_level_cache()) // (4 * threads)
+    before = torch.get_num_threads()
+    try:
+        return max(_per_second(lambda: _read_work(floats), threads, seconds / STREAM_ROUNDS) for _ in range(STREAM_ROUNDS))
+    finally:
+        torch.set_num_threads(before)
+
+
 def _write(fd: int, limit_bytes: int, seconds: float) -> float:
     """Sync after ever larger pieces, as many as fit the time: one sync at the end could take any time."""
     block = os.urandom(CHUNK_BYTES)
@@ -100,14 +121,20 @@ def _read(fd: int, seconds: float) -> float:
 
 
 def _per_second(make_work: Callable[[], Callable[[], int]], threads: int, seconds: float) -> float:
-    """Units a second of ``threads`` threads that each repeat a work of their own; at least two rounds each, one to warm up."""
+    """Units a second of ``threads`` threads that each repeat a work of their own; at least two rounds each, one to warm up.
+
+    All are warm before the first is timed, so that none is timed alone.
+    """
     import torch
 
     stop = threading.Event()
 
-    def repeat() -> float:
+    def prepare() -> Callable[[], int]:
         work = make_work()
         work()
+        return work
+
+    def repeat(work: Callable[[], int]) -> float:
         units, began = 0, time.perf_counter()
         while True:
             units += work()
@@ -117,7 +144,8 @@ def _per_second(make_work: Callable[[], Callable[[], int]], threads: int, second
 
     with ThreadPoolExecutor(threads, "measure", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return sum(future.result() for future in [pool.submit(repeat) for _ in range(threads)])
+            works = [future.result() for future in [pool.submit(prepare) for _ in range(threads)]]
+            return sum(future.result() for future in [pool.submit(repeat, work) for work in works])
         finally:
             stop.set()
 
@@ -147,6 +175,19 @@ def _gemm_work() -> Callable[[], int]:
     def work() -> int:
         torch.nn.functional.linear(rows_TD, weight_FD)
         return 2 * GEMM_ROWS * GEMM_INNER * GEMM_COLUMNS
+
+    return work
+
+
+def _read_work(floats: int) -> Callable[[], int]:
+    """One round adds up ``floats`` numbers: returns the bytes read."""
+    import torch
+
+    numbers = torch.ones(floats)
+
+    def work() -> int:
+        numbers.sum()
+        return numbers.nbytes
 
     return work
 

@@ -50,8 +50,9 @@ class OpenEngine:
     ) -> Iterator[Batcher]:
         """On rank 0: a batcher whose steps all ranks compute until the block is left."""
         self._comm.gather_all(True)
-        yield Batcher(self._backend.worker.lead, self.limits, detokenizer=detokenizer, listeners=listeners)
-        self._backend.worker.dismiss()
+        worker = self._backend.worker
+        yield Batcher(worker.lead, self.limits, room=worker.room, detokenizer=detokenizer, listeners=listeners)
+        worker.dismiss()
 
     def score(self, continuations: Sequence[Continuation]) -> list[Score]:
         """On rank 0: the scores of ``continuations``, in their order.

@@ -41,6 +41,7 @@ def test_help_lists_commands_and_exit_codes(word: str, arctic_trt: Callable[...,
     for expected in (
         "quantize Quantize a Hugging Face Arctic checkpoint to a TensorRT-LLM checkpoint.",
         "build Build an engine directory from a TensorRT-LLM checkpoint.",
+        "bench Measure latency and throughput of an engine or a server.",
         "lm_eval Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
         "run Generate text with an engine, alone or under mpirun.",
         "doctor Say what this machine has, which steps work on it, and what to do next.",
@@ -115,7 +116,11 @@ def test_a_traceback_only_with_verbose(arctic_trt: Callable[..., Finished], tmp_
         assert "Traceback" in arctic_trt(*words, flag).err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"], ["lm_eval", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["quantize", "--help"], ["lm_eval", "--help"], ["bench", "online", "--help"]],
+    ids=" ".join,
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         "import sys; from arctic_trt.cli.main import run_cli; code = run_cli(sys.argv[1:]);"

@@ -14,7 +14,7 @@ import torch
 
 from arctic_trt.errors import RefusedError
 from arctic_trt.report import measure
-from arctic_trt.report.measure import measure_disk, measure_machine
+from arctic_trt.report.measure import measure_disk, measure_machine, measure_read_bandwidth
 
 MIB = 1 << 20
 
@@ -141,3 +141,43 @@ def test_a_failing_work_ends_the_others() -> None:
 def test_work_counts_what_it_says() -> None:
     assert measure._cast_work()() == 2 << 16
     assert measure._gemm_work()() == 2 * 512 * 4096 * 2048
+
+
+@pytest.mark.parametrize(("cache", "threads", "floats"), [(0, 2, 1 << 19), (2 << 20, 1, 2 << 20), (8 << 20, 4, 2 << 20)])
+def test_memory_is_read_past_the_cache(cache: int, threads: int, floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads together read at least four times the last-level cache."""
+    monkeypatch.setattr(measure, "LEAST_STREAM_BYTES", 4 * MIB)
+    monkeypatch.setattr(measure, "last_level_cache", lambda: cache)
+    sizes, read_work = [], measure._read_work
+    monkeypatch.setattr(measure, "_read_work", lambda count: sizes.append(count) or read_work(count))
+    before = torch.get_num_threads()
+    assert measure_read_bandwidth(seconds=0.03, threads=threads) > 1e8
+    assert set(sizes) == {floats} and len(sizes) == 3 * threads and torch.get_num_threads() == before
+
+
+def test_the_best_round_is_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([3.0, 9.0, 5.0])
+    monkeypatch.setattr(measure, "available_cores", lambda: 6)
+    monkeypatch.setattr(measure, "_per_second", lambda make, threads, seconds: next(rates) * threads)
+    assert measure_read_bandwidth() == 54.0
+
+
+def test_no_thread_is_timed_before_all_are_warm() -> None:
+    order: list[str] = []
+
+    def make() -> Callable[[], int]:
+        state = iter(["warm", "timed"])
+
+        def work() -> int:
+            time.sleep(0.01)
+            order.append(next(state))
+            return 1
+
+        return work
+
+    measure._per_second(make, 3, 0.0)
+    assert order == ["warm"] * 3 + ["timed"] * 3
+
+
+def test_reading_counts_its_bytes() -> None:
+    assert measure._read_work(1000)() == 4000

@@ -11,6 +11,9 @@ import torch
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime import open_engine as module
+from arctic_trt.runtime.batcher import Listeners
+from arctic_trt.runtime.blocks import BLOCK_TOKENS
+from arctic_trt.runtime.kv_budget import KvBudget
 from arctic_trt.runtime.open_engine import OpenEngine, open_engine
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
@@ -96,3 +99,19 @@ def test_an_engine_that_cannot_stay_open_is_refused(tiny: Model, tmp_path: Path,
         open_engine(tiny.engine("tiny-tp2", tp_size=2))
     with pytest.raises(UsageError, match=r"hf/config\.json describes a Hugging Face model, not an engine"):
         open_engine(tiny.hf_dir)
+
+
+@pytest.mark.parametrize("budget", [KvBudget(), KvBudget(max_tokens=BLOCK_TOKENS)], ids=["room", "room for one"])
+def test_requests_come_to_an_open_engine_between_steps(tiny: Model, tmp_path: Path, budget: KvBudget) -> None:
+    prompts = tiny.prompts(8, 3)
+    alone, _ = complete(tiny.engine("fp8"), prompts, tmp_path, max_output_len=6, end_id=-1)
+    engine, done = open_engine(tiny.engine("fp8"), budget), {}
+    for _ in range(2):
+        with engine.batcher(listeners=Listeners(on_done=lambda index, completion: done.update({index: completion}))) as batcher:
+            batcher.add(request(0, prompts[0]))
+            batcher.step()
+            batcher.add(request(1, prompts[1]))
+            while not batcher.idle:
+                batcher.step()
+        assert [list(done.pop(index).token_ids) for index in (0, 1)] == [output.token_ids for output in alone.outputs]
+        assert not engine._backend.worker._cache.tables

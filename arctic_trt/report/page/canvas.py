@@ -59,7 +59,7 @@ def picture(name: str, alt: str, box: Box, draw: Draw) -> Picture:
 
 
 def _render(box: Box, draw: Draw, theme: Theme) -> bytes:
-    with _matplotlib() as matplotlib, matplotlib.rc_context(_style(theme)):
+    with quiet_matplotlib() as matplotlib, matplotlib.rc_context(style(theme)):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(box.width / CSS_DPI, box.height / CSS_DPI), dpi=CSS_DPI * DENSITY)
@@ -94,7 +94,7 @@ def place(figure: Figure, box: Box, left: float, right: float) -> Axes:
 
 
 @contextmanager
-def _matplotlib() -> Iterator[Any]:
+def quiet_matplotlib() -> Iterator[Any]:
     """matplotlib, silent: where its cache lies, and glyphs that its font lacks, are nothing that a user must know."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
@@ -111,7 +111,7 @@ def _matplotlib() -> Iterator[Any]:
         logger.setLevel(level)
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def style(theme: Theme) -> dict[str, Any]:
     """Settings of a quiet figure, over matplotlib's defaults: what a user's matplotlibrc says must not show."""
     import matplotlib
 
