@@ -12,7 +12,8 @@
 #define PANEL_ROWS 32           /* of weights that are unpacked at a time, to stay in a core's second-level cache */
 #define LINE 64 /* bytes of a cache line */
 #define MOST_ROWS 8 /* of any tile; arrays of that size, since the compiler keeps only arrays of known size in registers */
-#define DIRECT_ROWS 4           /* up to so many rows of x, unpacking weights as they come costs less than keeping them */
+#define DIRECT_ROWS 4           /* rows of x whose products wait for the memory */
+#define MOST_DIRECT 16          /* rows of x for which weights are unpacked as they come; for more, unpacking once costs less */
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
 
@@ -107,20 +108,18 @@ static const void *panel_f32(long kind, const void *w, long rows, long K) {
 }
 
 static void multiply_f32(const float *x, long M, const struct weights *w, long n0, long n1, struct sink to) {
-    long ldx = up(w->K, W), size = element_bytes(w->kind);
-    int direct = M <= DIRECT_ROWS || w->kind == F32;
-    long panel_rows = direct ? n1 - n0 : PANEL_ROWS;
+    long ldx = up(w->K, W), most_direct = w->kind == E4M3 ? 4 : w->kind == BF16 ? MOST_DIRECT : M;
+    int direct = M <= most_direct, tile = M <= DIRECT_ROWS ? DIRECT_ROWS : TILE_ROWS;
+    long kind = direct ? w->kind : F32, ldw = direct ? w->K : ldx, K = direct ? w->K : ldx, row_bytes = ldw * element_bytes(kind);
+    long panel_rows = M <= tile ? n1 - n0 : PANEL_ROWS;
     for (long p0 = n0; p0 < n1; p0 += panel_rows) {
         long p1 = p0 + panel_rows < n1 ? p0 + panel_rows : n1;
-        const uint8_t *panel = (const uint8_t *)w->data + p0 * w->K * size;
+        const uint8_t *panel = (const uint8_t *)w->data + p0 * w->K * element_bytes(w->kind);
         if (!direct) panel = panel_f32(w->kind, panel, p1 - p0, w->K);
-        long kind = direct ? w->kind : F32, ldw = direct ? w->K : ldx, K = direct ? w->K : ldx;
-        int tile = direct && M <= DIRECT_ROWS ? DIRECT_ROWS : TILE_ROWS;
         for (long m = 0; m < M; m += tile)
             for (long n = p0; n < p1; n += TILE_COLS) {
                 int rows = M - m < tile ? M - m : tile, real = p1 - n < TILE_COLS ? p1 - n : TILE_COLS;
-                const uint8_t *row = panel + (n - p0) * ldw * element_bytes(kind);
-                const uint8_t *ahead = n + TILE_COLS < p1 ? row + TILE_COLS * ldw * element_bytes(kind) : row;
+                const uint8_t *row = panel + (n - p0) * row_bytes, *ahead = n + TILE_COLS < p1 ? row + TILE_COLS * row_bytes : row;
                 float sums[MOST_ROWS][TILE_COLS];
                 any_tile_f32(kind, rows, x + m * ldx, ldx, row, ldw, real, K, ahead, sums);
                 for (int r = 0; r < rows; r++) put(to, m + r, n, real, sums[r], w->alpha);
@@ -132,8 +131,7 @@ static void multiply_f32(const float *x, long M, const struct weights *w, long n
 
 #if FAST_E4M3
 
-#define CHUNK 64       /* codes that are unpacked together; x is laid out in the order in which they come out */
-#define MOST_DIRECT 16 /* rows of x for which weights are unpacked as they come */
+#define CHUNK 64 /* codes that are unpacked together; x is laid out in the order in which they come out */
 
 /* Elements from one prepared or unpacked row to the next. A cache line more than needed: rows a power of two apart would all
  * compete for the same places of the first-level cache. */
