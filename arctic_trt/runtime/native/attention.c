@@ -11,7 +11,7 @@
 #include "vec.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define TILE 64 /* queries, heads of a group included, that share the unpacking of a page */
+#define TILE 128 /* queries, heads of a group included, that share the unpacking of a page */
 #define ROWS 4  /* queries, positions and vectors of the head that are multiplied at a time: 4 x 4 sums fit the registers */
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
