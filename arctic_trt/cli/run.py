@@ -30,8 +30,7 @@ A batch job, which is resumed by the same command:
          --input_file jobs.jsonl --output_file out.jsonl"""
 
 
-JOBS = "Batch jobs"
-TENSORRT = "TensorRT engines"
+JOBS, KV_CACHE, TENSORRT = "Batch jobs", "KV cache", "TensorRT engines"
 RUNTIME = (
     "kv_cache_free_gpu_memory_fraction",
     "max_tokens_in_paged_kv_cache",
@@ -43,7 +42,18 @@ RUNTIME = (
     "no_memory_check",
 )
 """Settings of TensorRT-LLM's runtime, by the names of its own run script; the last is ours."""
-NOT_IN_JOBS = ("input_text", "streaming", "output_npy", "output_csv", "output_logits_npy", *RUNTIME)
+CACHE = (
+    "kv_cache_memory",
+    "kv_cache_free_gpu_memory_fraction",
+    "max_tokens_in_paged_kv_cache",
+    "kv_cache_enable_block_reuse",
+    "enable_chunked_context",
+)
+MAX_TOKENS = "max_tokens_in_paged_kv_cache"
+NOT_IN_JOBS = (
+    *("input_text", "streaming", "output_npy", "output_csv", "output_logits_npy"),
+    *(name for name in RUNTIME if name != MAX_TOKENS),
+)
 SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -57,7 +67,7 @@ SAMPLING = {
 @click.command(
     "run",
     cls=SectionedCommand,
-    sections={**dict.fromkeys(RUNTIME, TENSORRT), "output_file": JOBS, "shard": JOBS},
+    sections={**dict.fromkeys(RUNTIME, TENSORRT), **dict.fromkeys(CACHE, KV_CACHE), "output_file": JOBS, "shard": JOBS},
     epilog=EPILOG,
     short_help="Generate text with an engine, alone or under mpirun.",
 )
@@ -75,10 +85,17 @@ SAMPLING = {
 @click.option("--stop_words", cls=Several, metavar="TEXT ...", help="Texts before which an output ends.")
 @click.option("--chat", is_flag=True, help="Take prompts as a user's message under the chat template.")
 @click.option("--streaming", is_flag=True, help="Print text as it comes.")
-@click.option("--kv_cache_free_gpu_memory_fraction", type=float, help="Of free GPU memory, for the KV cache.  [default: 0.9]")
-@click.option("--max_tokens_in_paged_kv_cache", type=int, help="Tokens in the KV cache, at most.")
-@click.option("--kv_cache_enable_block_reuse", is_flag=True, help="Share the KV cache of equal beginnings.")
-@click.option("--enable_chunked_context", is_flag=True, help="Cut long prompts into several steps.")
+@click.option(
+    "--kv_cache_memory",
+    metavar="SIZE",
+    help="Torch engines: its memory on a rank, like 2GiB.  [default: at most half of what is free]",
+)
+@click.option(
+    "--kv_cache_free_gpu_memory_fraction", type=float, help="TensorRT engines: its share of free GPU memory.  [default: 0.9]"
+)
+@click.option("--max_tokens_in_paged_kv_cache", type=int, help="Its tokens, at most.")
+@click.option("--kv_cache_enable_block_reuse", is_flag=True, help="Compute equal beginnings once; torch engines always do.")
+@click.option("--enable_chunked_context", is_flag=True, help="Cut long prompts into several steps; torch engines always do.")
 @click.option("--gpu_weights_percent", type=float, help="Share of the weights kept on the GPU.  [default: 1]")
 @click.option("--cuda_graph_mode", is_flag=True, help="Record decode steps as CUDA graphs.")
 @click.option("--use_gpu_direct_storage", is_flag=True, help="Load past host memory.")
@@ -110,7 +127,7 @@ def command(output: Output, **flags: Any) -> None:
         _show(result, output, stream)
 
 
-def _options(output_file: None, shard: str | None, **flags: Any) -> RunOptions:
+def _options(output_file: None, shard: str | None, kv_cache_memory: str | None, **flags: Any) -> RunOptions:
     from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
     from arctic_trt.runtime.runner import RunOptions
     from arctic_trt.runtime.sampler import plan_sampling
@@ -121,12 +138,19 @@ def _options(output_file: None, shard: str | None, **flags: Any) -> RunOptions:
         raise UsageError("--shard is for batch jobs.", "Give --output_file out.jsonl, or leave it out.")
     sampling = plan_sampling(**{name: flags.pop(flag) for flag, name in SAMPLING.items()})
     runtime = RuntimeOptions(**{name: flags.pop(name) for name in RUNTIME})
-    return RunOptions(sampling=sampling, runtime=runtime, **flags)
+    return RunOptions(sampling=sampling, runtime=runtime, kv_cache_memory=_memory(kv_cache_memory), **flags)
 
 
-def _job_options(shard: str | None, input_file: Path | None, **flags: Any) -> JobOptions:
+def _memory(size: str | None) -> int | None:
+    from arctic_trt.quantize.memory import parse_size
+
+    return None if size is None else parse_size(size, "--kv_cache_memory")
+
+
+def _job_options(shard: str | None, input_file: Path | None, kv_cache_memory: str | None, **flags: Any) -> JobOptions:
     from arctic_trt.runtime.jobs.input_file import parse_shard
     from arctic_trt.runtime.jobs.job import JobOptions
+    from arctic_trt.runtime.kv_budget import KvBudget
 
     wrong = [name for name in NOT_IN_JOBS if flags.pop(name)]
     if wrong:
@@ -134,7 +158,8 @@ def _job_options(shard: str | None, input_file: Path | None, **flags: Any) -> Jo
     if input_file is None:
         raise UsageError("--output_file needs an --input_file, a .jsonl with a request a line.")
     sampling = {name: flags.pop(flag) for flag, name in SAMPLING.items()}
-    return JobOptions(input_file=input_file, shard=parse_shard(shard), sampling=sampling, **flags)
+    budget = KvBudget(memory_bytes=_memory(kv_cache_memory), max_tokens=flags.pop(MAX_TOKENS))
+    return JobOptions(input_file=input_file, shard=parse_shard(shard), sampling=sampling, kv_budget=budget, **flags)
 
 
 class _Stream:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from arctic_trt.engine.config import TORCH, EngineConfig
 from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
+from arctic_trt.errors import ArcticTrtError
 from arctic_trt.launch import find_launch
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Completion, Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator, agreement
 from arctic_trt.runtime.detokenizer import Detokenizer
@@ -21,6 +23,9 @@ from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, plan_
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
 from arctic_trt.runtime.worker import Worker, load_worker
+
+ALWAYS_ON = ("kv_cache_enable_block_reuse", "enable_chunked_context")
+"""What TensorRT-LLM has to be asked for, and the torch backend does anyway."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ class TorchBackend:
             for request in requests or ():
                 check_fits(request, room)
         self.worker.reserve(room)
-        logger.info(
+        logger.debug(
             "The KV cache has room for %d tokens, in blocks of %d; %.1f MB a rank when full.",
             *(room.num_tokens, room.block_tokens, room.num_blocks * block_bytes / 1e6),
         )
@@ -100,6 +105,21 @@ class TorchBackend:
         )
         self.worker.dismiss()
         return completions
+
+    @contextmanager
+    def batcher(self, detokenizer: Callable[[], Detokenizer | None], listeners: Listeners) -> Iterator[Batcher]:
+        """On rank 0: requests may come and go until the block is left, which lets the other ranks go.
+
+        So does an :class:`ArcticTrtError`, which is raised between steps. Any other may come from within one, where the other
+        ranks wait for this one, and has to end the job.
+        """
+        limits, room = self._engine.build_config, self.worker.room
+        try:
+            yield Batcher(self.worker.lead, limits, room=room, detokenizer=detokenizer, listeners=listeners)
+        except ArcticTrtError:
+            self.worker.dismiss()
+            raise
+        self.worker.dismiss()
 
     def follow(self) -> None:
         self.worker.follow()
@@ -152,15 +172,33 @@ class TrtLlmBackend:
 
 
 def make_backend(
-    engine_dir: Path, engine: EngineConfig, comm: Communicator, options: RuntimeOptions, *, prompt_logits: bool
+    engine_dir: Path,
+    engine: EngineConfig,
+    comm: Communicator,
+    options: RuntimeOptions,
+    *,
+    kv_cache_memory: int | None,
+    prompt_logits: bool,
 ) -> Backend:
-    """The backend that ``engine_dir`` was built for."""
+    """The backend that ``engine_dir`` was built for. ``kv_cache_memory`` is in bytes a rank, and the torch backend's alone."""
     if engine.backend == TORCH:
-        if options.given() and comm.rank == 0:
-            flags = ", ".join(f"--{name}" for name in options.given())
-            logger.warning("%s: without effect, the torch backend has no such settings.", flags)
-        return TorchBackend(engine_dir, engine, comm, KvBudget())
+        if comm.rank == 0:
+            _say_what_has_no_effect(options)
+        budget = KvBudget(memory_bytes=kv_cache_memory, max_tokens=options.max_tokens_in_paged_kv_cache)
+        return TorchBackend(engine_dir, engine, comm, budget)
+    if kv_cache_memory is not None and comm.rank == 0:
+        logger.warning("--kv_cache_memory: without effect, TensorRT-LLM has --kv_cache_free_gpu_memory_fraction.")
     return TrtLlmBackend(engine_dir, engine, comm, options, prompt_logits=prompt_logits)
+
+
+def _say_what_has_no_effect(options: RuntimeOptions) -> None:
+    given = [name for name in options.given() if name != "max_tokens_in_paged_kv_cache"]
+    always = [f"--{name}" for name in given if name in ALWAYS_ON]
+    never = [f"--{name}" for name in given if name not in ALWAYS_ON]
+    if always:
+        logger.debug("%s: the torch backend always does that.", ", ".join(always))
+    if never:
+        logger.warning("%s: without effect, the torch backend has no such settings.", ", ".join(never))
 
 
 def _local_ranks(comm: Communicator) -> int:

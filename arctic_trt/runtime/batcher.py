@@ -5,6 +5,7 @@ A step asks the scheduler, has the ranks compute, chooses tokens, and notices wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,8 @@ from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import choose, request_generator
 from arctic_trt.runtime.scheduler import Scheduler, Sequence, Stats
 from arctic_trt.runtime.step import Step
+
+logger = logging.getLogger(__name__)
 
 CANCELLED = "cancelled"
 
@@ -232,6 +235,11 @@ def generate(
         batcher.add(request)
     while not batcher.idle:
         batcher.step()
+    stats = batcher.stats
+    logger.debug(
+        "%d tokens computed, %d found in the KV cache, %d preemptions.",
+        *(stats.computed_tokens, stats.reused_tokens, stats.preemptions),
+    )
     return [done[request.index] for request in requests]
 
 

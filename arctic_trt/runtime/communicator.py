@@ -28,6 +28,7 @@ Numbers = npt.NDArray[Any]
 SHORT_MESSAGE_INTS = 255
 SMALL_SUM = 8192  # elements; a decode step's sums, where the number of message rounds is what takes time
 WAIT_S = 0.002
+AWAKE_S = 0.002  # longer than rank 0 is busy by itself between two steps, and no longer than a sleep
 
 logger = logging.getLogger(__name__)
 
@@ -133,16 +134,19 @@ class MpiCommunicator:
 
     def receive(self, shape: tuple[int, ...], rank: int) -> Tensor:
         x = torch.empty(shape)
-        self._world.Recv(x.numpy(), source=rank)
+        _wait(self._world.Irecv(x.numpy(), source=rank), AWAKE_S)
         return x
 
     def broadcast(self, values: Ints | None) -> Ints:
-        """One message of fixed size with the count in front, and a second one only for what does not fit."""
+        """One message of fixed size with the count in front, and a second one only for what does not fit.
+
+        Waits asleep for the first once it has been awake for a moment: rank 0 may have nothing to say for hours.
+        """
         short = self._short
         if values is not None:
             short[0] = values.size
             short[1 : 1 + min(values.size, SHORT_MESSAGE_INTS)] = values[:SHORT_MESSAGE_INTS]
-        self._world.Bcast(short, root=0)
+        _wait(self._world.Ibcast(short, root=0), AWAKE_S)
         count = int(short[0])
         whole: Ints = np.empty(count, np.int32) if values is None else values
         if count <= SHORT_MESSAGE_INTS:
@@ -153,9 +157,7 @@ class MpiCommunicator:
 
     def gather_all(self, value: Any) -> list[Any]:
         """Waits asleep: ranks that spun here would take the cores from those that are still loading."""
-        arrived = self._world.Ibarrier()
-        while not arrived.Test():
-            time.sleep(WAIT_S)
+        _wait(self._world.Ibarrier(), 0.0)
         return list(self._world.allgather(value))
 
 
@@ -216,6 +218,16 @@ def agreement(comm: Communicator) -> Iterator[None]:
             shared = ArcticTrtError(message if exit_code == UsageError.exit_code else f"rank {rank}: {message}", hint)
             shared.exit_code = exit_code
             raise shared from failure
+
+
+def _wait(request: Any, awake_s: float) -> None:
+    """Wait for an MPI request: for ``awake_s`` awake, letting others that want this core run, and from then on asleep."""
+    until = time.perf_counter() + awake_s
+    while not request.Test():
+        if time.perf_counter() < until:
+            os.sched_yield()
+        else:
+            time.sleep(WAIT_S)
 
 
 def _in_rank_order(parts: Numbers) -> Numbers:

@@ -48,11 +48,13 @@ class OpenEngine:
     def batcher(
         self, *, detokenizer: Callable[[], Detokenizer | None] = lambda: None, listeners: Listeners | None = None
     ) -> Iterator[Batcher]:
-        """On rank 0: a batcher whose steps all ranks compute until the block is left."""
+        """On rank 0: the engine's loop, for requests that come and go from outside.
+
+        The other ranks take part until the block is left, asleep whenever no step comes for a while.
+        """
         self._comm.gather_all(True)
-        worker = self._backend.worker
-        yield Batcher(worker.lead, self.limits, room=worker.room, detokenizer=detokenizer, listeners=listeners)
-        worker.dismiss()
+        with self._backend.batcher(detokenizer, listeners or Listeners()) as batcher:
+            yield batcher
 
     def score(self, continuations: Sequence[Continuation]) -> list[Score]:
         """On rank 0: the scores of ``continuations``, in their order.

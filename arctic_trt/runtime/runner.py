@@ -44,6 +44,7 @@ class RunOptions:
     stop_words: tuple[str, ...] = ()
     streaming: bool = False
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    kv_cache_memory: int | None = None
     output_npy: Path | None = None
     output_csv: Path | None = None
     output_logits_npy: Path | None = None
@@ -104,7 +105,14 @@ def run(options: RunOptions, on_piece: OnPiece = lambda index, piece: None) -> R
     config, mapping, _ = engine.network(str(options.engine_dir / "config.json"))
     comm = connect(mapping)
     logits_asked = options.output_logits_npy is not None
-    backend = make_backend(options.engine_dir, engine, comm, options.runtime, prompt_logits=logits_asked)
+    backend = make_backend(
+        options.engine_dir,
+        engine,
+        comm,
+        options.runtime,
+        kv_cache_memory=options.kv_cache_memory,
+        prompt_logits=logits_asked,
+    )
     with agreement(comm):
         job = _plan(options, engine, config.vocab_size) if comm.rank == 0 else None
         backend.check()

@@ -134,6 +134,8 @@ class Scheduler:
             if index in self._active:  # an older one may just have taken its blocks
                 chunk = self._plan_chunk(sequence, _Budget(1) if index in decoding else budget)
                 chunks += [chunk] if chunk else []
+        if not chunks:  # the oldest could take the blocks of all others, so that it would have gone on
+            raise RuntimeError("a sequence does not fit into the KV cache alone")
         freed, self._freed = tuple(self._freed), []
         return Step(chunks=tuple(chunks), freed=freed)
 

@@ -194,3 +194,12 @@ def test_two_ranks_that_are_interrupted_and_go_on_do_what_one_does(
     for each in (*alone.values(), *together.values()):
         (each["response"] or {"body": {}})["body"].pop("model", None)
     assert together == alone
+
+
+def test_a_job_keeps_to_the_cache_it_is_given(words: list[object], arctic_trt: ArcticTrt, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"custom_id": "a", "prompt": [5] * 40}, {"custom_id": "b", "prompt": [5] * 9}])
+    flags = ["--max_output_len", 2, "--max_tokens_in_paged_kv_cache", 32, "--kv_cache_memory", "1GiB", "-v"]
+    done = arctic_trt(*words, *flags)
+    assert done.code == 0 and "room for 32 tokens" in done.err
+    first, second = (read_results(tmp_path / "out.jsonl")[f"batch_req_{number}"] for number in (1, 2))
+    assert "exceeds the KV cache of 32 tokens" in first["error"]["message"] and second["response"]

@@ -137,3 +137,18 @@ def test_two_ranks_say_what_one_says(
     assert together["outputs"] == alone["outputs"]
     assert (alone["world_size"], together["world_size"]) == (1, 2)
     assert job.err.count("on 2 ranks, torch") == 1
+
+
+def test_the_kv_cache_takes_what_it_is_given(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    texts = ["--input_text", "the sea is", "a", "the sea was", "--json"]
+    ample = json.loads(arctic_trt(*words, *texts).out)["outputs"]
+    scarce = arctic_trt(*words, *texts, "--max_tokens_in_paged_kv_cache", 64, "-v")
+    assert json.loads(scarce.out)["outputs"] == ample
+    assert "room for 64 tokens, in blocks of 32" in scarce.err and "preemptions" in scarce.err
+    for flags, complaint in (
+        (["--kv_cache_memory", "much"], "--kv_cache_memory 'much' is not a size."),
+        (["--kv_cache_memory", "100"], "no room for a single block of 32 tokens"),
+        (["--max_tokens_in_paged_kv_cache", 32, "--max_output_len", 40], "exceeds the KV cache of 32 tokens"),
+    ):
+        done = arctic_trt(*words, "--input_text", "a", *flags)
+        assert done.code == 2 and complaint in done.err

@@ -11,6 +11,7 @@ import torch
 from arctic_trt.errors import ArcticTrtError, CheckpointError, RefusedError, UsageError
 from arctic_trt.launch import Launch
 from arctic_trt.model.mapping import Mapping
+from arctic_trt.runtime import communicator
 from arctic_trt.runtime.communicator import SoloCommunicator, agreement, check_world, connect
 
 
@@ -86,3 +87,19 @@ def test_agreement_lets_success_and_surprises_pass() -> None:
         pass
     with pytest.raises(ZeroDivisionError), agreement(OneOf([("must not be asked for", "", 1)])):
         raise ZeroDivisionError
+
+
+def test_waiting_is_awake_for_a_moment_and_then_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept, yielded = [0.0], [], []
+
+    class Request:
+        def Test(self) -> bool:  # noqa: N802 - mpi4py's name
+            now[0] += 0.0005
+            return now[0] >= 1
+
+    monkeypatch.setattr(communicator.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(communicator.time, "sleep", lambda seconds: (slept.append(now[0]), now.__setitem__(0, now[0] + seconds)))
+    monkeypatch.setattr(communicator.os, "sched_yield", lambda: yielded.append(now[0]))
+    communicator._wait(Request(), communicator.AWAKE_S)
+    assert max(yielded) < communicator.AWAKE_S <= min(slept)
+    assert len(slept) == pytest.approx(1 / (communicator.WAIT_S + 0.0005), rel=0.05)

@@ -70,6 +70,40 @@ def test_work_after_work_leaves_nothing_behind(tiny: Model, tmp_path: Path) -> N
     engine.close()
 
 
+def test_requests_come_and_go_in_an_open_engine(tiny: Model, tmp_path: Path) -> None:
+    prompts = tiny.prompts(40, 3)
+    alone, _ = complete(tiny.engine("fp8"), prompts, tmp_path, max_output_len=6, end_id=-1)
+    engine, done = open_engine(tiny.engine("fp8")), dict[int, list[int]]()
+    listeners = Listeners(on_done=lambda index, completion: done.update({index: list(completion.token_ids)}))
+    for _ in range(2):
+        with engine.batcher(listeners=listeners) as batcher:
+            batcher.step()
+            batcher.add(request(0, prompts[0]))
+            batcher.step()
+            batcher.add(request(1, prompts[1]))
+            batcher.add(request(2, prompts[0]))
+            while not batcher.idle:
+                batcher.step()
+            assert batcher.stats.reused_tokens == 32 and batcher.stats.blocks_in_use == 0
+        assert done == {index: alone.outputs[place].token_ids for index, place in ((0, 0), (1, 1), (2, 0))}
+        assert not engine._backend.worker._cache.tables
+
+
+def test_a_refused_request_leaves_the_engine_as_it_was(tiny: Model, tmp_path: Path) -> None:
+    prompt = tiny.prompts(60)[0]
+    engine = open_engine(tiny.engine("fp8"), KvBudget(max_tokens=64))
+    complaint = "Prompt 5 has 60 tokens, which with 6 of output exceeds the KV cache of 64"
+    with pytest.raises(UsageError, match=complaint), engine.batcher() as batcher:
+        batcher.add(request(0, prompt[:20]))
+        batcher.step()
+        batcher.add(request(5, prompt))
+    assert not engine._backend.worker._cache.tables
+    (completion,) = engine.complete([request(0, prompt[:20])])
+    assert completion.finish_reason == "length"
+    with pytest.raises(UsageError, match="no room for a single block of 32 tokens"):
+        open_engine(tiny.engine("fp8"), KvBudget(memory_bytes=9))
+
+
 def test_the_other_ranks_follow_until_the_first_one_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     said, followed = [True, True, False], []
 

@@ -111,6 +111,14 @@ def test_logits_equal_a_float32_reference(name: str, worlds: Worlds) -> None:
         assert not found[index, len(prompt) :].any()
 
 
+@pytest.mark.parametrize("name", ["tiny-tp2", "tiny-pp2"])
+def test_sharing_and_losing_blocks_changes_nothing(name: str, worlds: Worlds) -> None:
+    tokens, _ = worlds.found(name)
+    with np.load(worlds.work_dir / f"{name}.npz") as arrays:
+        assert arrays["crowded"].tolist() == tokens * 2
+        assert arrays["preemptions"] > 0 and arrays["reused_tokens"] > 0
+
+
 def test_collectives(worlds: Worlds) -> None:
     found = json.loads((worlds.work_dir / "collectives.json").read_text())
     for size, in_rank_order, first_group, second_group in found["sums"]:

@@ -220,9 +220,18 @@ def test_settings_reach_the_runtime(go: Go, make_engine: Callable[..., Path], st
     assert (asked["temperature"], asked["top_k"], asked["top_p"], asked["random_seed"]) == (0.7, 0, 0.9, 3)
 
 
-def test_the_torch_backend_says_that_it_has_no_such_settings(go: Go, tiny: Model) -> None:
-    job = go(tiny.engine("fp8"), "--input_text", PROMPT, "--enable_chunked_context", ranks=1)
-    assert job.code == 0 and "--enable_chunked_context: without effect" in job.err
+def test_the_torch_backend_says_what_it_has_no_settings_for(go: Go, tiny: Model) -> None:
+    words = ["--enable_chunked_context", "--cuda_graph_mode", "--max_tokens_in_paged_kv_cache", 640]
+    job = go(tiny.engine("fp8"), "--input_text", PROMPT, *words, "-v", ranks=1)
+    assert job.code == 0
+    assert "--cuda_graph_mode: without effect, the torch backend has no such settings" in job.err
+    assert "--enable_chunked_context: the torch backend always does that" in job.err
+    assert "room for 640 tokens" in job.err and "found in the KV cache" in job.err
+
+
+def test_the_torch_backends_budget_has_no_effect_on_tensorrt_llm(go: Go, make_engine: Callable[..., Path]) -> None:
+    job = go(make_engine(), "--input_text", PROMPT, "--json", "--kv_cache_memory", "1GiB")
+    assert job.code == 0 and "--kv_cache_memory: without effect" in job.err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 ``mpirun -n 8 python -m tests.support.parallel_worlds WORK_DIR`` reads ``WORK_DIR/plan.json``: ``{"prompts": {MODEL: [[ids]]},
 "max_output_len": N, "rounds": [[[MODEL, ENGINE_DIR, WORLD_SIZE, NAME], ...], ...]}``. The worlds of a round run side by side
 on neighbouring ranks, and each writes ``WORK_DIR/NAME.npz`` with ``tokens`` and the prompts' ``logits``. What the collectives
-did is in ``WORK_DIR/collectives.json``.
+did is in ``WORK_DIR/collectives.json``. Worlds of two ranks then complete every prompt twice with little room, ``crowded``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mpi4py import MPI
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 from arctic_trt.model.mapping import Mapping
-from arctic_trt.runtime.batcher import Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import MpiCommunicator, agreement
 from arctic_trt.runtime.requests import plan_requests
@@ -30,6 +31,7 @@ from arctic_trt.runtime.worker import load_worker
 
 torch.set_num_threads(1)
 WORLD = MPI.COMM_WORLD
+SCARCE = KvRoom(13, block_tokens=4)  # just enough for the longest sequence
 
 
 def main(work_dir: Path) -> None:
@@ -53,6 +55,8 @@ def run_world(group: Any, engine_dir: Path, prompts: list[list[int]], max_output
     worker.reserve(KvRoom(64))
     if comm.rank:
         worker.follow()
+        worker.reserve(SCARCE)
+        worker.follow()
         return
     requests = plan_requests(
         prompts, engine.build_config, config.vocab_size, max_new_tokens=max_output_len, sampling=Sampling(), prompt_logits=True
@@ -62,11 +66,27 @@ def run_world(group: Any, engine_dir: Path, prompts: list[list[int]], max_output
     def keep(index: int, start: int, rows: torch.Tensor) -> None:
         logits[index, start : start + len(rows)] = rows.numpy()
 
+    arrived: dict[int, Completion] = {}
     completions = generate(
         worker.lead, requests, engine.build_config, room=worker.room, listeners=Listeners(on_prompt_logits=keep)
     )
     worker.dismiss()
-    np.savez(target, tokens=np.array([completion.token_ids for completion in completions]), logits=logits)
+    worker.reserve(SCARCE)
+    crowded = [replace(each, index=index, prompt_logits=False) for index, each in enumerate(requests * 2)]
+    batcher = Batcher(worker.lead, engine.build_config, room=SCARCE, listeners=Listeners(on_done=arrived.__setitem__))
+    for request in crowded if comm.world_size == 2 else ():
+        batcher.add(request)
+    while not batcher.idle:
+        batcher.step()
+    worker.dismiss()
+    np.savez(
+        target,
+        tokens=np.array([completion.token_ids for completion in completions]),
+        logits=logits,
+        crowded=np.array([arrived[index].token_ids for index in sorted(arrived)]),
+        preemptions=batcher.stats.preemptions,
+        reused_tokens=batcher.stats.reused_tokens,
+    )
 
 
 def check_collectives(work_dir: Path) -> None:

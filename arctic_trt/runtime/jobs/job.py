@@ -26,6 +26,7 @@ from arctic_trt.runtime.jobs.output_file import (
 )
 from arctic_trt.runtime.jobs.plan import Defaults, Planner, in_fields, job_settings
 from arctic_trt.runtime.jobs.results import error_line, result_line
+from arctic_trt.runtime.kv_budget import KvBudget
 from arctic_trt.runtime.open_engine import OpenEngine, check_engine, open_engine
 from arctic_trt.runtime.outputs import check_writable
 from arctic_trt.runtime.requests import Request, find_end_ids
@@ -53,6 +54,7 @@ class JobOptions:
     end_id: int | None = None
     stop_words: tuple[str, ...] = ()
     chat: bool = False
+    kv_budget: KvBudget = field(default_factory=KvBudget)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,11 +137,11 @@ def run_job(options: JobOptions, on_progress: OnProgress = lambda meter: None) -
     """
     world_size = check_engine(options.engine_dir).network()[1].world_size
     if not is_leader():
-        open_engine(options.engine_dir).follow()
+        open_engine(options.engine_dir, options.kv_budget).follow()
         return None
     with ExitStack() as stack:
         job = _prepare(options, stack)
-        engine = open_engine(options.engine_dir)
+        engine = open_engine(options.engine_dir, options.kv_budget)
         job.run(engine, on_progress)
         engine.close()
     return JobResult(
