@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -75,4 +76,5 @@ def load_worker(engine_dir: Path, config: ArcticConfig, quant: QuantFormat, rank
         head_dim=config.head_dim,
         fp8=quant.kv_fp8,
     )
+    gc.freeze()  # what is there now stays: collections between steps need not look through it
     return Worker(Network(config, rank, weights, cache, comm, kernels))

@@ -331,22 +331,18 @@ long prepared_bytes(long kind, long K) {
     return up(K, W) * 4;
 }
 
-void prepare(long kind, const float *x, const int32_t *from, long M, long K, float scale, void *prepared) {
-    long ld = prepared_bytes(kind, K);
-    for (long m = 0; m < M; m++) {
-        const float *row = x + (from ? from[m] : m) * K;
-        void *out = (uint8_t *)prepared + m * ld;
+void prepare(long kind, const float *x, long K, float scale, void *prepared) {
 #if FAST_E4M3
-        if (kind == E4M3) {
-            prepare_e4m3(row, K, scale, out);
-            continue;
-        }
-#endif
-        memcpy(out, row, K * 4);
-        memset((float *)out + K, 0, ld - K * 4);
-        if (kind == E4M3)
-            for (float *at = out; at < (float *)out + ld / 4; at += W) STORE(at, round_e4m3(LOAD(vf, at) / scale));
+    if (kind == E4M3) {
+        prepare_e4m3(x, K, scale, prepared);
+        return;
     }
+#endif
+    float *out = prepared;
+    memcpy(out, x, K * 4);
+    memset(out + K, 0, (up(K, W) - K) * 4);
+    if (kind == E4M3)
+        for (long k = 0; k < K; k += W) STORE(out + k, round_e4m3(LOAD(vf, out + k) / scale));
 }
 
 void multiply(const void *prepared, long M, const struct weights *w, long n0, long n1, struct sink to) {

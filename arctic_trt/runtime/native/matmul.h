@@ -23,9 +23,9 @@ struct sink {
 /* Bytes that a prepared row of K elements takes. */
 long prepared_bytes(long kind, long K);
 
-/* Bring row(s) of x [M, K] into the form in which they are multiplied: rounded to e4m3 after division by `scale` where the
- * weights are e4m3. `from` picks rows of x (NULL: all in order). Runs in the calling thread. */
-void prepare(long kind, const float *x, const int32_t *from, long M, long K, float scale, void *prepared);
+/* Bring a row of K elements into the form in which it is multiplied: rounded to e4m3 after division by `scale` where the weights
+ * are e4m3. Runs in the calling thread, as the next does. */
+void prepare(long kind, const float *x, long K, float scale, void *prepared);
 
-/* Rows n0 to n1 of the weights with M prepared rows; runs in the calling thread. */
+/* Rows n0 to n1 of the weights with M prepared rows. */
 void multiply(const void *prepared, long M, const struct weights *w, long n0, long n1, struct sink to);

@@ -140,18 +140,21 @@ static void multiply_all(const struct weights *w, const void *x, long M, float *
 struct prepare_job {
     long kind, K;
     const float *x;
+    const int32_t *from;
     float scale;
     void *out;
 };
 
 static void prepare_piece(void *job, long m) {
     const struct prepare_job *j = job;
-    prepare(j->kind, j->x + m * j->K, NULL, 1, j->K, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->K));
+    const float *row = j->x + (j->from ? j->from[m] : m) * j->K;
+    prepare(j->kind, row, j->K, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->K));
 }
 
-static const void *prepare_rows(int slot, long kind, const float *x, long M, long K, float scale) {
-    void *out = scratch(slot, M * prepared_bytes(kind, K));
-    struct prepare_job job = {kind, K, x, scale, out};
+/* Rows of x in the form in which they are multiplied; `from` (NULL: all in order) picks them. */
+static const void *prepare_rows(long kind, const float *x, const int32_t *from, long M, long K, float scale) {
+    void *out = scratch(1, M * prepared_bytes(kind, K));
+    struct prepare_job job = {kind, K, x, from, scale, out};
     run_rows(prepare_piece, &job, M, K);
     return out;
 }
@@ -162,7 +165,7 @@ EXPORT void project(const float *x, long M, const void *data, long kind, long N,
     struct weights w = {data, kind, N, K, value_of(alpha)};
     for (long m = 0; m < M; m += BLOCK_TOKENS) {
         long rows = least(BLOCK_TOKENS, M - m);
-        multiply_all(&w, prepare_rows(1, kind, x + m * K, rows, K, value_of(scale)), rows, y + m * N);
+        multiply_all(&w, prepare_rows(kind, x + m * K, NULL, rows, K, value_of(scale)), rows, y + m * N);
     }
 }
 
@@ -171,7 +174,7 @@ EXPORT void route(const float *x, long T, const void *data, long kind, long E, l
     float *logits = scratch(2, T * E * 4);
     project(x, T, data, kind, E, D, NULL, NULL, logits);
     struct route_job job = {logits, chosen, share, E, top};
-    for (long t = 0; t < T; t++) route_piece(&job, t);
+    run_rows(route_piece, &job, T, 64 * E);
 }
 
 struct gate_job {
@@ -195,7 +198,7 @@ static void gate_piece(void *job, long m) {
         memcpy(b, plain + f, (j->F - f) * 4);
         STORE(inner + f, silu(LOAD(vf, a)) * LOAD(vf, b));
     }
-    prepare(j->kind, inner, NULL, 1, j->F, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->F));
+    prepare(j->kind, inner, j->F, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->F));
 }
 
 /* One gated MLP: y [M, D] = proj(silu(a) * b), a the first F rows of fc and b its others. */
@@ -205,7 +208,7 @@ EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, lo
     for (long m = 0; m < M; m += BLOCK_TOKENS) {
         long rows = least(BLOCK_TOKENS, M - m);
         float *h = scratch(4, rows * 2 * F * 4);
-        multiply_all(&up, prepare_rows(1, fc_kind, x + m * D, rows, D, value_of(fc_scale)), rows, h);
+        multiply_all(&up, prepare_rows(fc_kind, x + m * D, NULL, rows, D, value_of(fc_scale)), rows, h);
         void *inner = scratch(5, rows * prepared_bytes(proj_kind, F));
         struct gate_job gate = {h, F, proj_kind, 0, value_of(proj_scale), inner};
         run_rows(gate_piece, &gate, rows, 4 * F);
@@ -270,13 +273,11 @@ static long group(const int64_t *chosen, const float *given, long T, long top, l
 
 static void some_experts(const float *x, long T, long D, long F, const int64_t *chosen, const float *given, long top, long first, long E,
                          const struct weights *fc, float fc_scale, const struct weights *proj, float proj_scale, float *y) {
-    int32_t *begin = scratch(6, ((E + 2) + E + T * top) * 4 + T * top * 4), *busy = begin + E + 2, *token = busy + E;
+    int32_t *begin = scratch(6, (2 * E + 2 + 2 * T * top) * 4), *busy = begin + E + 2, *token = busy + E;
     float *share = (float *)(token + T * top);
     long num_busy = group(chosen, given, T, top, first, E, begin, token, share, busy), pairs = begin[E];
     long x_bytes = prepared_bytes(fc->kind, D), inner_bytes = prepared_bytes(proj->kind, F);
-    uint8_t *rows = scratch(7, pairs * x_bytes);
-    const uint8_t *prepared = prepare_rows(1, fc->kind, x, T, D, fc_scale);
-    for (long i = 0; i < pairs; i++) memcpy(rows + i * x_bytes, prepared + token[i] * x_bytes, x_bytes);
+    const void *rows = prepare_rows(fc->kind, x, token, pairs, D, fc_scale);
     long fc_rows = piece_rows(num_busy, 2 * F), proj_rows = piece_rows(1, D);
     struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, fc_rows, pieces_of(2 * F, fc_rows), proj_rows, rows, x_bytes,
                               inner_bytes, scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
