@@ -163,8 +163,7 @@ static void attend_page(const struct attend_job *j, const struct attend_room *ro
     }
 }
 
-static void attend_piece(void *job, long index) {
-    const struct attend_job *j = job;
+static void attend_piece(const struct attend_job *j, long index) {
     const int32_t *piece = j->pieces[index / j->K];
     long head = index % j->K, group = j->N / j->K, chunk = piece[0], first = piece[2], start = j->start[chunk] + first;
     long tokens = least(j->tokens, j->count[chunk] - first), rows = tokens * group, row0 = piece[1] + first;
@@ -184,6 +183,10 @@ static void attend_piece(void *job, long index) {
     }
 }
 
+static void attend_part(void *job, long begin, long end) {
+    for (long index = begin; index < end; index++) attend_piece(job, index);
+}
+
 /* out [T, N * H] for queries q [T, ldq], of which the first N * H are used; block is [C, M]. */
 EXPORT void attend(const float *q, const void *pages, long kind, long N, long K, long P, long H, const int32_t *start,
                    const int32_t *count, const int32_t *block, long C, long M, long ldq, const float *scale, float *out) {
@@ -199,7 +202,7 @@ EXPORT void attend(const float *q, const void *pages, long kind, long N, long K,
         }
     struct attend_job job = {q, pages, kind, N, K, P, H, M, ldq, start, count, block, factor / sqrtf(H), factor, out,
                              (const int32_t(*)[3])pieces, tokens};
-    run_pieces(attend_piece, &job, num * K);
+    run_parts(attend_part, &job, num * K);
 }
 
 struct store_job {
@@ -210,8 +213,7 @@ struct store_job {
     float scale;
 };
 
-static void store_piece(void *job, long t) {
-    const struct store_job *j = job;
+static void store_token(const struct store_job *j, long t) {
     long page = j->slot[t] / j->P, position = j->slot[t] % j->P;
     for (int values = 0; values < 2; values++)
         for (long head = 0; head < j->K; head++) {
@@ -235,9 +237,13 @@ static void store_piece(void *job, long t) {
         }
 }
 
+static void store_part(void *job, long begin, long end) {
+    for (long t = begin; t < end; t++) store_token(job, t);
+}
+
 /* Keys and values, K heads of each of T rows that are `ld` apart, into positions slot[t] = page * P + offset. */
 EXPORT void store_kv(const float *k, const float *v, void *pages, const int64_t *slot, long T, long K, long P, long H, long ld,
                      long kind, const float *scale) {
     struct store_job job = {k, v, pages, slot, K, P, H, ld, kind, scale ? *scale : 1};
-    run_pieces(store_piece, &job, T);
+    run_parts(store_part, &job, T);
 }

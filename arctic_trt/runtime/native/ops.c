@@ -10,17 +10,29 @@
 #include "vec.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define PIECE_ROWS 32    /* rows of weights that a thread takes at a time, at least */
-#define MOST_PIECE_ROWS 512
+#define UNIT_ROWS 32     /* rows of weights that a thread takes at a time, at least */
 #define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
-static inline long pieces_of(long n, long piece) { return (n + piece - 1) / piece; }
+static inline long units_of(long rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS; }
 
 /* Scales come as pointers into the engine file; weights without scales have none. */
 static inline float value_of(const float *scale) { return scale ? *scale : 1; }
 
 /* ---- small things, a row at a time ---- */
+
+/* Rows that are short and few are less work than waking anybody. */
+static void run_rows(part_fn part, void *job, long rows, long columns) {
+    if (rows * columns < 1 << 15)
+        part(job, 0, rows);
+    else
+        run_parts(part, job, rows);
+}
+
+#define PART_OF_ROWS(name)                                                 \
+    static void name##_part(void *job, long begin, long end) {             \
+        for (long row = begin; row < end; row++) name##_row(job, row);     \
+    }
 
 struct norm_job {
     const float *x, *weight;
@@ -29,8 +41,7 @@ struct norm_job {
     float eps;
 };
 
-static void norm_piece(void *job, long t) {
-    const struct norm_job *j = job;
+static void norm_row(const struct norm_job *j, long t) {
     const float *x = j->x + t * j->D;
     float *y = j->y + t * j->D, squares = 0;
     long whole = j->D / W * W;
@@ -42,17 +53,11 @@ static void norm_piece(void *job, long t) {
     for (long d = whole; d < j->D; d++) y[d] = x[d] * factor * j->weight[d];
 }
 
-static void run_rows(piece_fn piece, void *job, long rows, long columns) {
-    if (rows * columns < 1 << 15) {
-        for (long row = 0; row < rows; row++) piece(job, row); /* less work than waking anybody */
-        return;
-    }
-    run_pieces(piece, job, rows);
-}
+PART_OF_ROWS(norm)
 
 EXPORT void rms_norm(const float *x, const float *weight, float *y, long T, long D, float eps) {
     struct norm_job job = {x, weight, y, T, D, eps};
-    run_rows(norm_piece, &job, T, D);
+    run_rows(norm_part, &job, T, D);
 }
 
 struct rotary_job {
@@ -61,8 +66,7 @@ struct rotary_job {
     long heads, stride, H;
 };
 
-static void rotary_piece(void *job, long t) {
-    const struct rotary_job *j = job;
+static void rotary_row(const struct rotary_job *j, long t) {
     const float *cos = j->cos + t * j->H, *sin = j->sin + t * j->H;
     long half = j->H / 2;
     for (long head = 0; head < j->heads; head++) {
@@ -75,10 +79,12 @@ static void rotary_piece(void *job, long t) {
     }
 }
 
+PART_OF_ROWS(rotary)
+
 /* Rotate the first `heads` heads of each row of x [T, stride] in place; cos and sin are [T, H]. */
 EXPORT void rotary(float *x, const float *cos, const float *sin, long T, long heads, long stride, long H) {
     struct rotary_job job = {x, cos, sin, heads, stride, H};
-    run_rows(rotary_piece, &job, T, heads * H);
+    run_rows(rotary_part, &job, T, heads * H);
 }
 
 struct route_job {
@@ -88,8 +94,7 @@ struct route_job {
     long E, top;
 };
 
-static void route_piece(void *job, long t) {
-    const struct route_job *j = job;
+static void route_row(const struct route_job *j, long t) {
     const float *logits = j->logits + t * j->E;
     int64_t *chosen = j->chosen + t * j->top;
     float *share = j->share + t * j->top, largest = logits[0], all = 0, taken = 0;
@@ -109,32 +114,25 @@ static void route_piece(void *job, long t) {
     for (long k = 0; k < j->top && j->top > 1; k++) share[k] /= taken;
 }
 
-/* ---- projections ---- */
+PART_OF_ROWS(route)
 
-/* Rows of each of `stacks` stacks of N rows of weights that make a piece: four pieces a thread, but neither so short that starting
- * one is felt nor so long that a thread waits for another. Within a piece the next weights are on their way when they are needed. */
-static long piece_rows(long stacks, long N) {
-    long share = stacks * N / (4 * num_threads()) / PIECE_ROWS * PIECE_ROWS;
-    return share < PIECE_ROWS ? PIECE_ROWS : least(share, MOST_PIECE_ROWS);
-}
+/* ---- projections ---- */
 
 struct project_job {
     const struct weights *w;
     const void *x;
     long M;
     struct sink to;
-    long rows;
 };
 
-static void project_piece(void *job, long piece) {
+static void project_part(void *job, long begin, long end) {
     const struct project_job *j = job;
-    long n0 = piece * j->rows;
-    multiply(j->x, j->M, j->w, n0, least(n0 + j->rows, j->w->N), j->to);
+    multiply(j->x, j->M, j->w, begin * UNIT_ROWS, least(end * UNIT_ROWS, j->w->N), j->to);
 }
 
 static void multiply_all(const struct weights *w, const void *x, long M, float *y) {
-    struct project_job job = {w, x, M, {y, w->N, NULL, NULL}, piece_rows(1, w->N)};
-    run_pieces(project_piece, &job, pieces_of(w->N, job.rows));
+    struct project_job job = {w, x, M, {y, w->N, NULL, NULL}};
+    run_parts(project_part, &job, units_of(w->N));
 }
 
 struct prepare_job {
@@ -145,17 +143,18 @@ struct prepare_job {
     void *out;
 };
 
-static void prepare_piece(void *job, long m) {
-    const struct prepare_job *j = job;
+static void prepare_row(const struct prepare_job *j, long m) {
     const float *row = j->x + (j->from ? j->from[m] : m) * j->K;
     prepare(j->kind, row, j->K, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->K));
 }
+
+PART_OF_ROWS(prepare)
 
 /* Rows of x in the form in which they are multiplied; `from` (NULL: all in order) picks them. */
 static const void *prepare_rows(long kind, const float *x, const int32_t *from, long M, long K, float scale) {
     void *out = scratch(1, M * prepared_bytes(kind, K));
     struct prepare_job job = {kind, K, x, from, scale, out};
-    run_rows(prepare_piece, &job, M, K);
+    run_rows(prepare_part, &job, M, K);
     return out;
 }
 
@@ -174,7 +173,7 @@ EXPORT void route(const float *x, long T, const void *data, long kind, long E, l
     float *logits = scratch(2, T * E * 4);
     project(x, T, data, kind, E, D, NULL, NULL, logits);
     struct route_job job = {logits, chosen, share, E, top};
-    run_rows(route_piece, &job, T, 64 * E);
+    run_rows(route_part, &job, T, 64 * E);
 }
 
 struct gate_job {
@@ -185,8 +184,7 @@ struct gate_job {
 };
 
 /* silu(one half) * other half of a row, prepared for the next product; the second half goes through SiLU if `second`. */
-static void gate_piece(void *job, long m) {
-    const struct gate_job *j = job;
+static void gate_row(const struct gate_job *j, long m) {
     float *inner = scratch(3, (j->F + W) * 4);
     const float *first = j->h + m * 2 * j->F, *last = first + j->F;
     const float *through = j->second ? last : first, *plain = j->second ? first : last;
@@ -201,6 +199,8 @@ static void gate_piece(void *job, long m) {
     prepare(j->kind, inner, j->F, j->scale, (uint8_t *)j->out + m * prepared_bytes(j->kind, j->F));
 }
 
+PART_OF_ROWS(gate)
+
 /* One gated MLP: y [M, D] = proj(silu(a) * b), a the first F rows of fc and b its others. */
 EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, long fc_kind, const float *fc_scale,
                       const float *fc_alpha, const void *proj, long proj_kind, const float *proj_scale, const float *proj_alpha, float *y) {
@@ -211,7 +211,7 @@ EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, lo
         multiply_all(&up, prepare_rows(fc_kind, x + m * D, NULL, rows, D, value_of(fc_scale)), rows, h);
         void *inner = scratch(5, rows * prepared_bytes(proj_kind, F));
         struct gate_job gate = {h, F, proj_kind, 0, value_of(proj_scale), inner};
-        run_rows(gate_piece, &gate, rows, 4 * F);
+        run_rows(gate_part, &gate, rows, 4 * F);
         multiply_all(&down, inner, rows, y + m * D);
     }
 }
@@ -224,30 +224,36 @@ struct experts_job {
     const int32_t *token;
     const float *share;
     const int32_t *busy; /* experts that have tokens */
-    long num_busy, fc_rows, fc_pieces, proj_rows; /* rows of a piece, and pieces an expert */
+    long num_busy;
     const void *x; /* prepared rows of all tokens, in the order of the lists */
     long x_bytes, inner_bytes;
     float *h, *y;
     void *inner;
 };
 
-static void expert_fc_piece(void *job, long piece) {
+/* Units are numbered through all busy experts. */
+static void expert_fc_part(void *job, long begin, long end) {
     const struct experts_job *j = job;
-    long e = j->busy[piece / j->fc_pieces], first = j->begin[e], n0 = piece % j->fc_pieces * j->fc_rows;
-    const struct weights *w = j->fc + e;
-    struct sink to = {j->h + first * w->N, w->N, NULL, NULL};
-    multiply((const uint8_t *)j->x + first * j->x_bytes, j->begin[e + 1] - first, w, n0, least(n0 + j->fc_rows, w->N), to);
+    long each = units_of(j->fc->N);
+    for (long unit = begin, next; unit < end; unit = next) {
+        long e = j->busy[unit / each], first = j->begin[e], n0 = unit % each * UNIT_ROWS;
+        next = least((unit / each + 1) * each, end);
+        const struct weights *w = j->fc + e;
+        struct sink to = {j->h + first * w->N, w->N, NULL, NULL};
+        const uint8_t *x = (const uint8_t *)j->x + first * j->x_bytes;
+        multiply(x, j->begin[e + 1] - first, w, n0, least(n0 + (next - unit) * UNIT_ROWS, w->N), to);
+    }
 }
 
-/* A piece is some columns of y for all experts, so that every token adds up its experts in ascending order. */
-static void expert_proj_piece(void *job, long piece) {
+/* A unit is some columns of y for all experts, so that every token adds up its experts in ascending order. */
+static void expert_proj_part(void *job, long begin, long end) {
     const struct experts_job *j = job;
-    long n0 = piece * j->proj_rows;
     for (long i = 0; i < j->num_busy; i++) {
         long e = j->busy[i], first = j->begin[e];
         const struct weights *w = j->proj + e;
         struct sink to = {j->y, w->N, j->token + first, j->share + first};
-        multiply((const uint8_t *)j->inner + first * j->inner_bytes, j->begin[e + 1] - first, w, n0, least(n0 + j->proj_rows, w->N), to);
+        const uint8_t *inner = (const uint8_t *)j->inner + first * j->inner_bytes;
+        multiply(inner, j->begin[e + 1] - first, w, begin * UNIT_ROWS, least(end * UNIT_ROWS, w->N), to);
     }
 }
 
@@ -278,13 +284,12 @@ static void some_experts(const float *x, long T, long D, long F, const int64_t *
     long num_busy = group(chosen, given, T, top, first, E, begin, token, share, busy), pairs = begin[E];
     long x_bytes = prepared_bytes(fc->kind, D), inner_bytes = prepared_bytes(proj->kind, F);
     const void *rows = prepare_rows(fc->kind, x, token, pairs, D, fc_scale);
-    long fc_rows = piece_rows(num_busy, 2 * F), proj_rows = piece_rows(1, D);
-    struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, fc_rows, pieces_of(2 * F, fc_rows), proj_rows, rows, x_bytes,
-                              inner_bytes, scratch(4, pairs * 2 * F * 4), y, scratch(5, pairs * inner_bytes)};
-    run_pieces(expert_fc_piece, &job, num_busy * job.fc_pieces);
+    struct experts_job job = {fc, proj, begin, token, share, busy, num_busy, rows, x_bytes, inner_bytes, scratch(4, pairs * 2 * F * 4), y,
+                              scratch(5, pairs * inner_bytes)};
+    run_parts(expert_fc_part, &job, num_busy * units_of(2 * F));
     struct gate_job gate = {job.h, F, proj->kind, 1, proj_scale, job.inner};
-    run_rows(gate_piece, &gate, pairs, 4 * F);
-    run_pieces(expert_proj_piece, &job, pieces_of(D, proj_rows));
+    run_rows(gate_part, &gate, pairs, 4 * F);
+    run_parts(expert_proj_part, &job, units_of(D));
 }
 
 /* y [T, D] += the weighted outputs of the chosen experts among the E from `first` on. fc is [E, 2F, D], its last F rows go
@@ -307,31 +312,32 @@ EXPORT void experts(const float *x, long T, long D, long F, const int64_t *chose
 
 /* ---- measuring ---- */
 
+#define READ_UNIT (1L << 20) /* bytes */
+
 struct read_job {
     const uint8_t *data;
     long bytes;
     long *sums;
 };
 
-static void read_piece(void *job, long piece) {
+static void read_part(void *job, long begin, long end) {
     const struct read_job *j = job;
-    long begin = piece * (1 << 20), end = least(begin + (1 << 20), j->bytes);
     vi a = {0}, b = {0}, c = {0}, d = {0};
-    for (long i = begin; i + 16 * W <= end; i += 16 * W) {
+    for (long i = begin * READ_UNIT; i + 16 * W <= least(end * READ_UNIT, j->bytes); i += 16 * W) {
         a ^= LOAD(vi, j->data + i), b ^= LOAD(vi, j->data + i + 4 * W);
         c ^= LOAD(vi, j->data + i + 8 * W), d ^= LOAD(vi, j->data + i + 12 * W);
     }
     a ^= b ^ c ^ d;
-    for (int i = 0; i < W; i++) j->sums[piece] += a[i];
+    for (int i = 0; i < W; i++) j->sums[begin] += a[i];
 }
 
 /* Read `bytes` of memory with all threads; what is returned depends on every byte. */
 EXPORT long read_memory(const void *data, long bytes) {
-    long pieces = pieces_of(bytes, 1 << 20), sum = 0, *sums = calloc(pieces, sizeof *sums);
+    long units = (bytes + READ_UNIT - 1) / READ_UNIT, sum = 0, *sums = calloc(units, sizeof *sums);
     if (!sums) abort();
     struct read_job job = {data, bytes, sums};
-    run_pieces(read_piece, &job, pieces);
-    for (long i = 0; i < pieces; i++) sum += sums[i];
+    run_parts(read_part, &job, units);
+    for (long i = 0; i < units; i++) sum += sums[i];
     free(sums);
     return sum;
 }

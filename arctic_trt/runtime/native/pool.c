@@ -10,9 +10,9 @@
 #define MAX_THREADS 1024
 
 static struct {
-    piece_fn piece;
+    part_fn part;
     void *job;
-    long pieces;
+    long units;
     atomic_long next;
     atomic_int gate; /* OPEN while a job takes workers, plus the number of workers that are in it */
     atomic_long jobs;
@@ -36,8 +36,14 @@ static long now_ns(void) {
     return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
-static void take_pieces(void) {
-    for (long piece; (piece = atomic_fetch_add(&pool.next, 1)) < pool.pieces;) pool.piece(pool.job, piece);
+static void take_parts(void) {
+    long shares = 3 * atomic_load(&pool.threads), begin = atomic_load(&pool.next);
+    while (begin < pool.units) {
+        long share = (pool.units - begin) / shares, end = begin + (share > 1 ? share : 1);
+        if (!atomic_compare_exchange_weak(&pool.next, &begin, end)) continue;
+        pool.part(pool.job, begin, end);
+        begin = atomic_load(&pool.next);
+    }
 }
 
 static int enter(void) {
@@ -66,7 +72,7 @@ static void *work(void *unused) {
         await_job(seen);
         seen = atomic_load(&pool.jobs);
         if (enter()) {
-            take_pieces();
+            take_parts();
             atomic_fetch_sub(&pool.gate, 1);
         }
     }
@@ -88,14 +94,14 @@ __attribute__((visibility("default"))) int set_threads(int threads) {
 
 long num_threads(void) { return atomic_load(&pool.threads); }
 
-void run_pieces(piece_fn piece, void *job, long pieces) {
-    if (pieces < 2 || atomic_load(&pool.threads) < 2) {
-        for (long each = 0; each < pieces; each++) piece(job, each);
+void run_parts(part_fn part, void *job, long units) {
+    if (units < 2 || atomic_load(&pool.threads) < 2) {
+        part(job, 0, units);
         return;
     }
-    pool.piece = piece;
+    pool.part = part;
     pool.job = job;
-    pool.pieces = pieces;
+    pool.units = units;
     atomic_store(&pool.next, 0);
     atomic_store(&pool.gate, OPEN);
     atomic_fetch_add(&pool.jobs, 1);
@@ -104,7 +110,7 @@ void run_pieces(piece_fn piece, void *job, long pieces) {
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.lock);
     }
-    take_pieces();
+    take_parts();
     atomic_fetch_and(&pool.gate, ~OPEN);
     for (int turn = 1; atomic_load(&pool.gate); turn++) {
         relax();
