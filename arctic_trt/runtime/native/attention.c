@@ -227,7 +227,7 @@ static void store_token(const struct store_job *j, long t) {
                     memcpy((float *)j->pages + at + h, some, count * 4);
                 } else if (j->kind == BF16) {
                     vu bits = LOAD(vu, some);
-                    vh rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
+                    vh rounded = narrow16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
                     memcpy((uint16_t *)j->pages + at + h, &rounded, count * 2);
                 } else {
                     vb codes = encode_e4m3(round_e4m3(LOAD(vf, some) / j->scale));

@@ -313,7 +313,7 @@ static void prepare_e4m3(const float *x, long K, float scale, uint16_t *out) {
         uint16_t codes[CHUNK];
         memcpy(values, x + k, (K - k < CHUNK ? K - k : CHUNK) * 4);
         for (int i = 0; i < CHUNK; i += W)
-            STORE(codes + i, __builtin_convertvector((vu)round_e4m3(LOAD(vf, values + i) / scale) >> 16, vh));
+            STORE(codes + i, narrow16((vu)round_e4m3(LOAD(vf, values + i) / scale) >> 16));
         for (int group = 0; group < 8; group++) /* the order in which `unpack` brings the weights */
             memcpy(out + k + group % 2 * 32 + group / 2 * 8, codes + group * 8, 16);
     }

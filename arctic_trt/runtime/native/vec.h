@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,24 @@ typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 #define LOAD(type, from) ((type) * (const type *)(from))
 #define STORE(to, value) (*(__typeof__(value) *)(to) = (value))
 #define SPLAT(value) ((vf){0} + (float)(value))
+
+/* Between numbers of 8, 16 and 32 bits. Compilers know the notation, but many take the elements one by one for it. */
+#if defined(__AVX512F__)
+INLINE vu widen8(vb x) { return (vu)_mm512_cvtepu8_epi32((__m128i)x); }
+INLINE vu widen16(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+INLINE vb narrow8(vu x) { return (vb)_mm512_cvtepi32_epi8((__m512i)x); }
+INLINE vh narrow16(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
+#elif defined(__AVX2__)
+INLINE vu widen8(vb x) { return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&x)); }
+INLINE vu widen16(vh x) { return (vu)_mm256_cvtepu16_epi32((__m128i)x); }
+INLINE vb narrow8(vu x) { return __builtin_convertvector(x, vb); }
+INLINE vh narrow16(vu x) { return __builtin_convertvector(x, vh); }
+#else
+INLINE vu widen8(vb x) { return __builtin_convertvector(x, vu); }
+INLINE vu widen16(vh x) { return __builtin_convertvector(x, vu); }
+INLINE vb narrow8(vu x) { return __builtin_convertvector(x, vb); }
+INLINE vh narrow16(vu x) { return __builtin_convertvector(x, vh); }
+#endif
 
 INLINE vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
@@ -95,15 +113,15 @@ INLINE vb encode_e4m3(vf value) {
     vi normal = (vi)((vu)size >> 20) - (120 << 3);
     vi small = __builtin_convertvector(size * 512.f, vi);
     vi code = ((vi)pick(size < SPLAT(0x1p-6f), (vf)small, (vf)normal) & (value == value)) | (0x7f & (value != value));
-    return __builtin_convertvector((vu)code | ((vu)value >> 31 << 7), vb);
+    return narrow8((vu)code | ((vu)value >> 31 << 7));
 }
 
 /* Values of e4m3 codes: the bits moved to where a float has them, then scaled to e4m3's range of exponents. */
 INLINE vf decode_e4m3(vb codes) {
-    vu c = __builtin_convertvector(codes, vu);
+    vu c = widen8(codes);
     vf value = (vf)((c & 0x7f) << 20 | (c & 0x80) << 24) * 0x1p120f;
     vi broken = (vi)(c & 0x7f) == 0x7f;
     return (vf)((vi)value | (broken & 0x7fc00000));
 }
 
-INLINE vf widen_bf16(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
+INLINE vf widen_bf16(vh bits) { return (vf)(widen16(bits) << 16); }
