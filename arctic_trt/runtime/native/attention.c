@@ -8,7 +8,7 @@
 
 #include "matmul.h"
 #include "pool.h"
-#include "vec.h"
+#include "tables.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define TILE 128 /* queries, heads of a group included, that share the unpacking of a page */
@@ -32,10 +32,41 @@ INLINE void unpack_some(long kind, const void *pages, long at, long count, float
     STORE(out + whole, kind == E4M3 ? decode_e4m3(LOAD(vb, codes)) : kind == BF16 ? widen_bf16(LOAD(vh, codes)) : LOAD(vf, codes));
 }
 
-static void unpack_row(long kind, const void *pages, long at, long count, float *out) {
-    if (kind == E4M3)
-        unpack_some(E4M3, pages, at, count, out);
-    else if (kind == BF16)
+#if HAVE_TABLES
+
+/* The beginning of a row of e4m3 codes, as far as whole vectors go; returns how many those were. The two bytes that the tables give
+ * are the upper half of a float. */
+static long unpack_codes(const uint8_t *codes, long count, float *out) {
+    struct tables t = load_tables();
+    __m512i place[4];
+    for (int part = 0; part < 4; part++) {
+        uint8_t bytes[64];
+        for (int i = 0; i < 16; i++) bytes[4 * i + 2] = part * 16 + i, bytes[4 * i + 3] = part * 16 + i + 64, bytes[4 * i] = bytes[4 * i + 1] = 0;
+        place[part] = _mm512_loadu_si512(bytes);
+    }
+    long done = 0;
+    for (; done + 64 <= count; done += 64) {
+        __m512i low, high = look_up(&t, _mm512_loadu_si512(codes + done), &low);
+        UNROLL for (int part = 0; part < 4; part++)
+            _mm512_storeu_si512(out + done + part * 16, _mm512_maskz_permutex2var_epi8(0xcccccccccccccccc, low, place[part], high));
+    }
+    return done;
+}
+
+#else
+
+static long unpack_codes(const uint8_t *codes, long count, float *out) {
+    (void)codes, (void)count, (void)out;
+    return 0;
+}
+
+#endif
+
+static void unpack(long kind, const void *pages, long at, long count, float *out) {
+    if (kind == E4M3) {
+        long done = unpack_codes((const uint8_t *)pages + at, count, out);
+        unpack_some(E4M3, pages, at + done, count - done, out + done);
+    } else if (kind == BF16)
         unpack_some(BF16, pages, at, count, out);
     else
         unpack_some(F32, pages, at, count, out);
@@ -151,7 +182,10 @@ static void attend_page(const struct attend_job *j, const struct attend_room *ro
     long blind = first_seen > 0 ? 0 : (1 - first_seen) * group; /* rows of tokens before this page */
     for (int values = 0; values < 2; values++) {
         long at = ((page * 2 + values) * j->K + head) * j->P * j->H;
-        for (long p = 0; p < last_seen; p++) unpack_row(j->kind, j->pages, at + p * j->H, j->H, room->page + p * room->ldh);
+        if (room->ldh == j->H)
+            unpack(j->kind, j->pages, at, last_seen * j->H, room->page);
+        else
+            for (long p = 0; p < last_seen; p++) unpack(j->kind, j->pages, at + p * j->H, j->H, room->page + p * room->ldh);
         for (long r0 = blind; r0 < rows; r0 += ROWS) {
             if (values) {
                 add_values(room, r0, rows - r0, last_seen);
@@ -160,6 +194,15 @@ static void attend_page(const struct attend_job *j, const struct attend_room *ro
             score_rows(room, r0, rows - r0, last_seen);
             for (long r = r0; r < least(r0 + ROWS, rows); r++) weigh_row(room, r, least(first_seen + r / group, j->P));
         }
+    }
+}
+
+/* Pages lie anywhere, so no processor guesses which one is next. */
+static void ask_for_page(const struct attend_job *j, long page, long head) {
+    long bytes = j->P * j->H * (j->kind == E4M3 ? 1 : j->kind == BF16 ? 2 : 4);
+    for (int values = 0; values < 2; values++) {
+        const uint8_t *at = (const uint8_t *)j->pages + ((page * 2 + values) * j->K + head) * bytes;
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
     }
 }
 
@@ -175,8 +218,11 @@ static void attend_piece(const struct attend_job *j, long index) {
         room.total[r] = 0;
     }
     memset(room.sum, 0, rows * room.ldh * 4);
-    for (long p = 0; p < start + tokens; p += j->P)
-        attend_page(j, &room, j->block[chunk * j->M + p / j->P], head, start + 1 - p, tokens);
+    const int32_t *page = j->block + chunk * j->M;
+    for (long p = 0; p < start + tokens; p += j->P, page++) {
+        if (p + j->P < start + tokens) ask_for_page(j, page[1], head);
+        attend_page(j, &room, *page, head, start + 1 - p, tokens);
+    }
     for (long r = 0; r < rows; r++) {
         float *out = j->out + ((row0 + r / group) * j->N + head * group + r % group) * j->H;
         for (long h = 0; h < j->H; h++) out[h] = room.sum[r * room.ldh + h] / room.total[r] * j->value_scale;

@@ -23,7 +23,7 @@ from pathlib import Path
 from arctic_trt.machine import cache_dir
 
 SOURCES = ("pool.c", "matmul.c", "attention.c", "ops.c")
-HEADERS = ("pool.h", "vec.h", "matmul.h")
+HEADERS = ("pool.h", "vec.h", "tables.h", "matmul.h")
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden"),
     # neither changes a result: errno is not read, and floating point exceptions are not trapped

@@ -1,9 +1,9 @@
 #include "matmul.h"
 
 #include "pool.h"
-#include "vec.h"
+#include "tables.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#if HAVE_TABLES && defined(__AVX512BF16__)
 #define FAST_E4M3 1
 #else
 #define FAST_E4M3 0
@@ -137,32 +137,8 @@ static void multiply_f32(const float *x, long M, const struct weights *w, long n
  * compete for the same places of the first-level cache. */
 static inline long row_bf16(long K) { return up(K, CHUNK) + 32; }
 
-struct tables {
-    __m512i high0, high1, low0, low1, sign;
-};
-
-/* Upper and lower byte of the bf16 values of the codes 0 to 127; the sign is put in afterwards. */
-INLINE struct tables load_tables(void) {
-    static uint8_t high[128], low[128];
-    static int ready;
-    if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) { /* threads that come here together write the same bytes */
-        for (int code = 0; code < 128; code += W) {
-            uint8_t codes[W];
-            uint32_t bits[W];
-            for (int i = 0; i < W; i++) codes[i] = code + i;
-            STORE(bits, decode_e4m3(LOAD(vb, codes)));
-            for (int i = 0; i < W; i++) high[code + i] = bits[i] >> 24, low[code + i] = bits[i] >> 16;
-        }
-        __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
-    }
-    return (struct tables){_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64), _mm512_loadu_si512(low),
-                           _mm512_loadu_si512(low + 64), _mm512_set1_epi8((char)0x80)};
-}
-
 INLINE void unpack(const struct tables *t, __m512i codes, __m512i *first, __m512i *second) {
-    __m512i high = _mm512_permutex2var_epi8(t->high0, codes, t->high1);
-    __m512i low = _mm512_permutex2var_epi8(t->low0, codes, t->low1);
-    high = _mm512_ternarylogic_epi32(high, codes, t->sign, 0xf8); /* high | (codes & sign) */
+    __m512i low, high = look_up(t, codes, &low);
     *first = _mm512_unpacklo_epi8(low, high);
     *second = _mm512_unpackhi_epi8(low, high);
 }

@@ -30,7 +30,7 @@ typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define LOAD(type, from) ((type) * (const type *)(from))
 #define STORE(to, value) (*(__typeof__(value) *)(to) = (value))
-#define SPLAT(value) ((vf){0} + (float)(value))
+#define SPLAT(value) ((float)(value) - (vf){0}) /* less nothing, which compilers leave out, unlike a sum with nothing */
 
 /* Between numbers of 8, 16 and 32 bits. Compilers know the notation, but many take the elements one by one for it. */
 #if defined(__AVX512F__)
