@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What rank 0 has to complete. ``pad`` is the id that ends a sequence, -1 if none does."""
+    """What rank 0 has to complete: ``num_return_sequences`` requests a prompt. ``pad`` ends a sequence, -1 if nothing does."""
 
     requests: list[Request]
     tokenizer: Tokenizer | None
     detokenizer: Callable[[], Detokenizer | None]
     pad: int
     streaming: bool
+    num_return_sequences: int = 1
 
 
 class Backend(Protocol):
@@ -157,6 +158,7 @@ class TrtLlmBackend:
             detokenizer=work.detokenizer,
             listeners=listeners,
             streaming=work.streaming,
+            num_return_sequences=work.num_return_sequences,
         )
         self._leave()
         return completions

@@ -32,7 +32,7 @@ from arctic_trt.runtime.scoring import Continuation
 
 NAME = "arctic_trt"
 BATCHES_AT_A_TIME = 4  # of the engine's largest batch: few sequences wait for the last one, and a cache is never far behind
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WITHOUT_EFFECT: dict[str, Any] = {"num_beams": 1}
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,10 @@ def padded_rows(completions: Sequence[Completion], pad: int) -> npt.NDArray[np.i
     return out
 
 
-def write_npy(path: Path, rows: npt.NDArray[np.int32]) -> None:
-    """``--output_npy``: int32 [batch, beams, longest], of which there is one beam."""
+def write_npy(path: Path, rows: npt.NDArray[np.int32], samples: int = 1) -> None:
+    """``--output_npy``: int32 [batch, samples, longest]; where TensorRT-LLM has beams, or the sequences it is to return."""
     with replacing(path, "wb") as file:
-        np.save(file, rows[:, None, :])
+        np.save(file, rows.reshape(-1, samples, rows.shape[1]))
 
 
 def write_csv(path: Path, rows: npt.NDArray[np.int32]) -> None:

@@ -20,7 +20,8 @@ GENERATION_CONFIG = "generation_config.json"
 class Request:
     """One prompt; ``index`` is its place among the prompts and names it everywhere.
 
-    With ``prompt_logits`` the logits of the prompt's positions from ``logits_from`` on are wanted too.
+    ``bad_words`` are sequences of ids that must not come up. With ``logprobs`` the log probabilities of the chosen tokens are
+    wanted, and of as many of the likeliest; with ``prompt_logits`` the logits of the prompt's positions from ``logits_from`` on.
     """
 
     index: int
@@ -29,6 +30,8 @@ class Request:
     sampling: Sampling
     end_ids: frozenset[int] = frozenset()
     stop_words: tuple[str, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
     prompt_logits: bool = False
     logits_from: int = 0
 
@@ -47,27 +50,74 @@ def plan_requests(
     sampling: Sampling,
     end_ids: frozenset[int] = frozenset(),
     stop_words: tuple[str, ...] = (),
+    bad_words: tuple[tuple[int, ...], ...] = (),
+    logprobs: int | None = None,
+    num_return_sequences: int = 1,
     prompt_logits: bool = False,
 ) -> list[Request]:
-    """Check the prompts against the engine's limits; raises :class:`UsageError` naming the prompt."""
+    """Requests for each prompt, as many as ``num_return_sequences``, the first of them for the logits.
+
+    Checks the prompts against the engine's limits; raises :class:`UsageError` naming the prompt or the flag.
+    """
     if max_new_tokens < 1:
         raise UsageError(f"--max_output_len {max_new_tokens} is not a positive number.")
+    if logprobs is not None and logprobs < 0:
+        raise UsageError(f"--logprobs {logprobs} is out of range, expected 0 or more.")
+    _check_samples(num_return_sequences, sampling)
+    _check_bad_words(bad_words, vocab_size)
     if not prompts:
         raise UsageError("There is no prompt.", "Give --input_text, or an --input_file that is not empty.")
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, limits, vocab_size, max_new_tokens)
     return [
         Request(
-            index=index,
+            index=index * num_return_sequences + sample,
             prompt=tuple(prompt),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             end_ids=end_ids,
             stop_words=stop_words,
-            prompt_logits=prompt_logits,
+            bad_words=bad_words,
+            logprobs=logprobs,
+            prompt_logits=prompt_logits and sample == 0,
         )
         for index, prompt in enumerate(prompts)
+        for sample in range(num_return_sequences)
     ]
+
+
+def _check_samples(num_return_sequences: int, sampling: Sampling) -> None:
+    if num_return_sequences < 1:
+        raise UsageError(f"--num_return_sequences {num_return_sequences} is not a positive number.")
+    if num_return_sequences > 1 and sampling.greedy:
+        raise UsageError(
+            f"--num_return_sequences {num_return_sequences} would give equal outputs, because nothing asks for randomness.",
+            "Give --temperature, --top_k, --top_p or --min_p.",
+        )
+
+
+def _check_bad_words(bad_words: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for ids in bad_words:
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None or not ids:
+            raise UsageError(f"--bad_words has the token ids {list(ids)}, expected at least one, from 0 to {vocab_size - 1}.")
+
+
+def word_ids(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """The ids of words, at the beginning of a word and within a line, without repetitions; none without a tokenizer.
+
+    A word may be cut into tokens in other ways too.
+    """
+    if tokenizer is None:
+        return ()
+    found = []
+    for word in words:
+        apart, line = tokenizer.encode_bare(word), tokenizer.encode_bare("\n")
+        within = tokenizer.encode_bare("\n" + word)
+        found.append(tuple(apart))
+        if within[: len(line)] == line:
+            found.append(tuple(within[len(line) :]))
+    return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 def find_end_ids(given: int | None, tokenizer: Tokenizer | None, directory: Path | None) -> tuple[int, ...]:

@@ -13,17 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arctic_trt.engine.config import EngineConfig, read_engine_config
+from torch import Tensor
+
+from arctic_trt.engine.config import TORCH, EngineConfig, read_engine_config
 from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.backends import Backend, Work, make_backend
 from arctic_trt.runtime.batcher import Completion, Listeners, OnPiece
+from arctic_trt.runtime.chooser import TokenLogprobs
 from arctic_trt.runtime.communicator import agreement, connect
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
 from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
 from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy
-from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests
+from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests, word_ids
 from arctic_trt.runtime.sampler import Sampling
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,9 @@ class RunOptions:
     sampling: Sampling = field(default_factory=Sampling)
     end_id: int | None = None
     stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    num_return_sequences: int = 1
     streaming: bool = False
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     kv_cache_memory: int | None = None
@@ -52,17 +58,27 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One completion as the interface names it."""
+    """One completion as the interface names it; ``logprobs`` if they were wanted."""
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        value = asdict(self)
+        if self.logprobs is None:
+            del value["logprobs"]
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What rank 0 reports; ``seconds`` is the generation alone, without loading."""
+    """What rank 0 reports; ``seconds`` is the generation alone, without loading.
+
+    The ``outputs`` are those of the first of the ``prompts``, then those of the second, as many of each.
+    """
 
     prompts: list[str]
     outputs: list[Output]
@@ -76,7 +92,7 @@ class RunResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "outputs": [asdict(output) for output in self.outputs],
+            "outputs": [output.as_dict() for output in self.outputs],
             "seconds": round(self.seconds, 6),
             "tokens_per_second": round(self.num_generated / self.seconds, 3),
             "world_size": self.world_size,
@@ -140,12 +156,18 @@ def _complete(options: RunOptions, backend: Backend, job: Job, vocab_size: int, 
         detokenizer=detokenizer_of(job.tokenizer),
         pad=job.pad,
         streaming=options.streaming,
+        num_return_sequences=options.num_return_sequences,
     )
     if options.output_logits_npy is None:
         return backend.complete(work, Listeners(on_piece=on_piece))
-    logits = PromptLogits(options.output_logits_npy, [request.prompt for request in job.requests], vocab_size)
+    samples = options.num_return_sequences
+    logits = PromptLogits(options.output_logits_npy, [request.prompt for request in job.requests[::samples]], vocab_size)
+
+    def write(index: int, start: int, logits_WV: Tensor) -> None:
+        logits.write(index // samples, start, logits_WV)
+
     try:
-        completions = backend.complete(work, Listeners(on_piece=on_piece, on_prompt_logits=logits.write))
+        completions = backend.complete(work, Listeners(on_piece=on_piece, on_prompt_logits=write))
         logits.finish()
     except BaseException:
         logits.abandon()
@@ -156,6 +178,11 @@ def _complete(options: RunOptions, backend: Backend, job: Job, vocab_size: int, 
 def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
     for flag in ("output_npy", "output_csv", "output_logits_npy"):
         check_writable(f"--{flag}", getattr(options, flag))
+    if options.logprobs is not None and engine.backend != TORCH:
+        raise UsageError(
+            "--logprobs needs an engine of the torch backend: TensorRT-LLM has those of chosen tokens alone, after penalties.",
+            "Leave it out, or build an engine with --backend torch.",
+        )
     prompts = read_prompts(options.input_text, options.input_file)
     directory = tokenizer_directory(options.engine_dir, options.tokenizer_dir)
     tokenizer = _load_tokenizer(options, prompts, directory)
@@ -168,6 +195,9 @@ def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
         sampling=options.sampling,
         end_ids=frozenset(end_ids),
         stop_words=options.stop_words,
+        bad_words=word_ids(options.bad_words, tokenizer),
+        logprobs=options.logprobs,
+        num_return_sequences=options.num_return_sequences,
         prompt_logits=options.output_logits_npy is not None,
     )
     return Job(prompts=prompts, requests=requests, tokenizer=tokenizer, pad=end_ids[0] if end_ids else NO_END_ID)
@@ -184,7 +214,7 @@ def tokenizer_directory(engine_dir: Path, tokenizer_dir: Path | None) -> Path:
 
 def _load_tokenizer(options: RunOptions, prompts: list[Prompt], directory: Path) -> Tokenizer | None:
     """None where prompts are token ids and there is no tokenizer: the outputs then carry ids and no text."""
-    needs_text = bool(options.stop_words) or any(prompt.token_ids is None for prompt in prompts)
+    needs_text = bool(options.stop_words or options.bad_words) or any(prompt.token_ids is None for prompt in prompts)
     if not needs_text and not (directory / FILES[0]).exists():
         logger.warning("There is no %s in %s: the outputs hold token ids and no text.", FILES[0], directory)
         return None
@@ -201,10 +231,12 @@ def detokenizer_of(tokenizer: Tokenizer | None) -> Callable[[], Detokenizer | No
 def _write_rows(options: RunOptions, completions: list[Completion], pad: int) -> None:
     rows = padded_rows(completions, pad)
     if options.output_npy is not None:
-        write_npy(options.output_npy, rows)
+        write_npy(options.output_npy, rows, options.num_return_sequences)
     if options.output_csv is not None:
         write_csv(options.output_csv, rows)
 
 
 def _output(completion: Completion) -> Output:
-    return Output(completion.text, list(completion.token_ids), len(completion.prompt), completion.finish_reason)
+    return Output(
+        completion.text, list(completion.token_ids), len(completion.prompt), completion.finish_reason, completion.logprobs
+    )

@@ -31,8 +31,8 @@ from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Completion, Listeners, Writer
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
-from arctic_trt.runtime.requests import Request
-from arctic_trt.runtime.sampler import Sampling, request_generator
+from arctic_trt.runtime.requests import Request, word_ids
+from arctic_trt.runtime.sampler import Sampling
 
 MAX_TOP_K = 1024
 logger = logging.getLogger(__name__)
@@ -44,9 +44,12 @@ class Session(Protocol):
     @property
     def gathers_logits(self) -> bool: ...
 
+    @property
+    def counts_prompt(self) -> bool: ...
+
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]: ...
 
-    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[int], Tensor]: ...
+    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[list[int]], Tensor]: ...
 
     def stream(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[list[int]]]: ...
 
@@ -130,28 +133,24 @@ def generate_with_trtllm(
     detokenizer: Callable[[], Detokenizer | None],
     listeners: Listeners,
     streaming: bool,
+    num_return_sequences: int = 1,
 ) -> list[Completion]:
-    """Complete ``requests``, at most ``max_batch_size`` at a time; ``pad`` is the id that ends a sequence, or :data:`NO_END`."""
+    """Complete ``requests``, at most ``max_batch_size`` at a time; ``pad`` is the id that ends a sequence, or :data:`NO_END`.
+
+    Those of a prompt, ``num_return_sequences``, follow each other. Stop words are given to TensorRT-LLM to spare it tokens that
+    would be thrown away; what decides is the text, because a word may be cut into tokens in other ways.
+    """
     tails = [
-        Tail(
-            request,
-            Writer(
-                request.index,
-                listeners.on_piece,
-                detokenizer(),
-                StopWords(request.stop_words),
-                request_generator(request.sampling.seed, request.index),
-            ),
-        )
+        Tail(request, Writer(request.index, listeners.on_piece, detokenizer(), StopWords(request.stop_words)))
         for request in requests
     ]
-    words = stop_word_ids(requests[0].stop_words, tokenizer)
-    if (requests[0].sampling.top_k or 0) > MAX_TOP_K:
-        logger.warning("--top_k %d: TensorRT-LLM chooses among %d at most.", requests[0].sampling.top_k, MAX_TOP_K)
-    decoding = plan_decoding(requests[0], pad, words)  # what a command line asks for is the same for all prompts
-    for begin in range(0, len(tails), max_batch_size):
-        batch = tails[begin : begin + max_batch_size]
-        prompts = [tail.request.prompt for tail in batch]
+    first = requests[0]  # what a command line asks for is the same for all prompts
+    _warn_of_differences(first.sampling, session)
+    decoding = plan_decoding(first, pad, word_ids(first.stop_words, tokenizer), num_return_sequences)
+    size = max(1, max_batch_size // num_return_sequences) * num_return_sequences
+    for begin in range(0, len(tails), size):
+        batch = tails[begin : begin + size]
+        prompts = [tail.request.prompt for tail in batch[::num_return_sequences]]
         if session.gathers_logits:
             _one_by_one(session, batch, decoding, listeners)
         elif streaming:
@@ -159,6 +158,15 @@ def generate_with_trtllm(
         else:
             _take(batch, session.generate(prompts, decoding))
     return [tail.complete(decoding) for tail in tails]
+
+
+def _warn_of_differences(sampling: Sampling, session: Session) -> None:
+    if (sampling.top_k or 0) > MAX_TOP_K:
+        logger.warning("--top_k %d: TensorRT-LLM chooses among %d at most.", sampling.top_k, MAX_TOP_K)
+    if session.counts_prompt and (sampling.presence_penalty or sampling.frequency_penalty):
+        logger.warning(
+            "--presence_penalty and --frequency_penalty: TensorRT-LLM before 1.2 counts the prompt's tokens with the output's."
+        )
 
 
 def _follow_stream(stream: Iterable[list[list[int]]], batch: Sequence[Tail]) -> None:
@@ -172,17 +180,21 @@ def _take(batch: Sequence[Tail], token_ids: Sequence[Sequence[int]]) -> None:
 
 
 def _one_by_one(session: Session, batch: Sequence[Tail], decoding: Decoding, listeners: Listeners) -> None:
-    for tail in batch:
-        token_ids, logits_TV = session.generate_one(tail.request.prompt, decoding)
-        tail.extend(token_ids)
-        if tail.request.prompt_logits:
-            listeners.on_prompt_logits(tail.request.index, 0, logits_TV)
+    samples = decoding.num_return_sequences
+    for begin in range(0, len(batch), samples):
+        tails = batch[begin : begin + samples]
+        request = tails[0].request
+        token_ids, logits_TV = session.generate_one(request.prompt, decoding)
+        _take(tails, token_ids)
+        if request.prompt_logits:
+            listeners.on_prompt_logits(request.index, 0, logits_TV)
 
 
-def plan_decoding(request: Request, pad: int, stop_ids: Sequence[tuple[int, ...]]) -> Decoding:
+def plan_decoding(request: Request, pad: int, stop_ids: Sequence[tuple[int, ...]], num_return_sequences: int = 1) -> Decoding:
     """How TensorRT-LLM decodes ``request`` and those like it; it knows one end token, the others become stop words."""
     others = tuple((token,) for token in sorted(request.end_ids) if token != pad)
-    temperature, top_k, top_p = plan_choice(request.sampling)
+    sampling = request.sampling
+    temperature, top_k, top_p = plan_choice(sampling)
     return Decoding(
         max_new_tokens=request.max_new_tokens,
         end_id=pad,
@@ -190,8 +202,13 @@ def plan_decoding(request: Request, pad: int, stop_ids: Sequence[tuple[int, ...]
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        repetition_penalty=request.sampling.repetition_penalty,
-        random_seed=request.sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        random_seed=sampling.seed,
+        min_p=0.0 if sampling.greedy else sampling.min_p or 0.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        bad_ids=request.bad_words,
+        num_return_sequences=num_return_sequences,
     )
 
 
@@ -206,21 +223,3 @@ def plan_choice(sampling: Sampling) -> tuple[float, int, float]:
     if sampling.top_k is None and sampling.top_p is None:
         return temperature, 0, 1.0
     return temperature, sampling.top_k or 0, sampling.top_p or 0.0
-
-
-def stop_word_ids(stop_words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """The ids of stop words, at the beginning of a word and within a line, without repetitions.
-
-    They spare TensorRT-LLM tokens that would be thrown away. They are not what decides: a word may be cut into tokens in other
-    ways, so the text is searched as well.
-    """
-    if tokenizer is None:
-        return ()
-    found = []
-    for word in stop_words:
-        apart, line = tokenizer.encode_bare(word), tokenizer.encode_bare("\n")
-        within = tokenizer.encode_bare("\n" + word)
-        found.append(tuple(apart))
-        if within[: len(line)] == line:
-            found.append(tuple(within[len(line) :]))
-    return tuple(dict.fromkeys(ids for ids in found if ids))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arctic_trt import launch
@@ -78,6 +79,45 @@ def test_sampling_flags_reach_the_sampler(words: list[object], arctic_trt: Calla
     assert stop["token_ids"] == greedy[: greedy.index(greedy[4]) + 1] and stop["finish_reason"] == "stop"
 
 
+def test_every_sampling_flag_does_something(words: list[object], arctic_trt: Callable[..., Finished]) -> None:
+    def tokens(*flags: object) -> list[int]:
+        done = arctic_trt(*words, "--input_text", "the sea", "--json", "--random_seed", 5, *flags)
+        return json.loads(done.out)["outputs"][0]["token_ids"]
+
+    greedy, drawn = tokens(), tokens("--temperature", 3)
+    assert tokens("--temperature", 3, "--min_p", 1) == greedy and tokens("--temperature", 3, "--min_p", 0) == drawn
+    assert len(set(tokens("--presence_penalty", 2, "--frequency_penalty", 2))) > len(set(greedy))
+    assert tokens("--presence_penalty", 0, "--frequency_penalty", 0) == greedy
+
+
+def test_several_outputs_with_log_probabilities(words: list[object], arctic_trt: Callable[..., Finished], tmp_path: Path) -> None:
+    flags = ["--input_text", "the sea", "a", "--num_return_sequences", 2, "--temperature", 2, "--bad_words", "is", "the"]
+    files = ["--output_npy", tmp_path / "o.npy", "--output_csv", tmp_path / "o.csv", "--output_logits_npy", tmp_path / "l.npy"]
+    done = arctic_trt(*words, *flags, *files, "--logprobs", 2, "--json")
+    assert done.code == 0, done.err
+    outputs = json.loads(done.out)["outputs"]
+    assert len(outputs) == 4 and outputs[0]["token_ids"] != outputs[1]["token_ids"]
+    for output in outputs:
+        assert [one["token"] for one in output["logprobs"]] == output["token_ids"]
+        for one in output["logprobs"]:
+            values = [value for _, value in one["top"]]
+            assert len(values) == 2 and values == sorted(values, reverse=True) and one["logprob"] <= values[0] < 0
+    rows, logits = np.load(tmp_path / "o.npy"), np.load(tmp_path / "l.npy")
+    assert rows.shape[:2] == (2, 2) and logits.shape[0] == 2 and logits[1, 0].any()
+    assert rows[0, 1, -12:].tolist() == outputs[1]["token_ids"]
+    assert (tmp_path / "o.csv").read_text().count("\n") == 4
+    people = arctic_trt(*words, *flags, "--streaming")
+    assert [line.split(":")[0] for line in people.out.splitlines() if line.startswith("Output")].count(
+        "Output [Text 1 Seq 0]"
+    ) >= 1
+    people = arctic_trt(*words, *flags)
+    assert re.findall(r"^(\w+ \[.*?\]): ", people.out, re.MULTILINE) == [
+        *("Input [Text 0]", "Output [Text 0 Seq 0]", "Output [Text 0 Seq 1]"),
+        *("Input [Text 1]", "Output [Text 1 Seq 0]", "Output [Text 1 Seq 1]"),
+    ]
+    assert "logprobs" not in json.loads(arctic_trt(*words, "--input_text", "a", "--json").out)["outputs"][0]
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -85,6 +125,9 @@ def test_sampling_flags_reach_the_sampler(words: list[object], arctic_trt: Calla
         (["--input_text", "a", "--input_file", "b.txt"], "either --input_text or --input_file"),
         (["--input_text", "a", "--top_p", "2"], "--top_p 2.0 is out of range, expected between 0 and 1"),
         (["--input_text", "a", "--temperature", "-1"], "--temperature -1.0 is out of range"),
+        (["--input_text", "a", "--min_p", "2"], "--min_p 2.0 is out of range, expected between 0 and 1"),
+        (["--input_text", "a", "--num_return_sequences", "2"], "--num_return_sequences 2 would give equal outputs"),
+        (["--input_text", "a", "--logprobs", "-1"], "--logprobs -1 is out of range"),
         (["--input_file", "absent.txt"], "--input_file absent.txt cannot be read"),
         (["--input_text", "a", "--max_output_len", "many"], "--max_output_len"),
     ],

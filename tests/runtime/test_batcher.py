@@ -12,6 +12,7 @@ from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
+from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
@@ -117,17 +118,71 @@ def test_stop_words_are_not_part_of_the_text(tokenizer: Tokenizer, word: str, te
     assert (completion.token_ids[-1] != 4) == tokens_saved
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)])
+EVERYTHING = Sampling(
+    temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.2, frequency_penalty=0.1, seed=3
+)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), EVERYTHING])
 @pytest.mark.parametrize("limits", [{}, {"max_batch_size": 2}, {"max_num_tokens": 7}])
 def test_company_changes_nothing(tiny: Model, tmp_path: Path, sampling: Sampling, limits: dict[str, int]) -> None:
     prompts = tiny.prompts(13, 1, 30, 4)
     engine = build_engine(tiny.checkpoint("fp8"), tmp_path / "engine", **limits)
-    (together, _) = complete(engine, prompts, tmp_path, sampling=sampling, end_id=-1)
+    (together, _) = complete(engine, prompts, tmp_path, sampling=sampling, end_id=-1, logprobs=2)
     for index in range(len(prompts)):
         # the same place among the prompts, so that it draws from the same generator
         others = [prompt if i == index else [1] for i, prompt in enumerate(prompts)]
-        (apart, _) = complete(engine, others, tmp_path, sampling=sampling, end_id=-1)
+        (apart, _) = complete(engine, others, tmp_path, sampling=sampling, end_id=-1, logprobs=2)
         assert apart.outputs[index] == together.outputs[index]
+
+
+def test_samples_of_one_prompt_end_at_stop_words_of_their_own(tokenizer: Tokenizer) -> None:
+    """The word comes in pieces, which the three sequences get by turns."""
+    ids = tokenizer.encode("the sea is the sky")[1:]
+    after = [ids, ids[2:], [*ids[:2], *ids[:2]]]
+
+    def saying(step: Step) -> Tensor:
+        rows = [after[chunk.sequence][min(chunk.start + len(chunk.tokens) - 1, 3)] for chunk in step.chunks if chunk.num_logits]
+        return torch.nn.functional.one_hot(torch.tensor(rows), VOCABULARY).float() * 100
+
+    asked = [request(i, 1, output=4, stop_words=("ea is",), sampling=Sampling(temperature=0.1), logprobs=1) for i in range(3)]
+    completions = generate(saying, asked, LIMITS, detokenizer=lambda: Detokenizer(tokenizer.decode, settled_ids(tokenizer)))
+    texts = [tokenizer.decode(tokens[:4]) for tokens in after]
+    assert [completion.text for completion in completions] == [text.partition("ea is")[0] for text in texts]
+    stopped = ["ea is" in text for text in texts]
+    assert any(stopped) and not all(stopped)
+    assert [completion.finish_reason == "stop" for completion in completions] == stopped
+    for completion in completions:
+        assert completion.logprobs is not None
+        assert tuple(one.token for one in completion.logprobs) == completion.token_ids
+
+
+def test_bad_words_and_logprobs_of_a_completion() -> None:
+    [forbidden] = generate(counting, [request(0, 5, output=3, bad_words=((8,), (6, 7)), logprobs=1)], LIMITS)
+    assert forbidden.token_ids == (6, 0, 1), "7 may not follow 6, and what is left is all alike"
+    assert forbidden.logprobs is not None
+    assert [one.top[0][0] for one in forbidden.logprobs] == [6, 7, 1]
+    assert [one.logprob for one in forbidden.logprobs] == pytest.approx([0, -50, 0], abs=1e-4)
+    [silent] = generate(counting, [request(0, 5)], LIMITS)
+    assert silent.logprobs is None
+
+
+def test_a_preempted_sequence_goes_on_as_if_nothing_had_been() -> None:
+    """What is kept for penalties and random numbers is not computed again."""
+    asked = [request(i, 7 + i, output=40, sampling=EVERYTHING, logprobs=1) for i in range(2)]
+    noisy = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 3
+    done: dict[int, Completion] = {}
+
+    def execute(step: Step) -> Tensor:
+        return noisy[[token for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]]
+
+    listeners = Listeners(on_done=lambda index, completion: done.update({index: completion}))
+    narrow = Batcher(execute, LIMITS, room=KvRoom(12, block_tokens=4), listeners=listeners)
+    for one in asked:
+        narrow.add(one)
+    while not narrow.idle:
+        narrow.step()
+    assert narrow.stats.preemptions and [done[0], done[1]] == generate(execute, asked, LIMITS)
 
 
 def test_requests_come_and_go_between_steps() -> None:

@@ -28,6 +28,12 @@ def test_npy_and_csv_hold_the_same_rows(tmp_path: Path) -> None:
     assert (tmp_path / "o.csv").read_text() == "1,2,3,4,5\n6,7,9,9,9\n"
 
 
+def test_samples_of_a_prompt_lie_where_beams_would(tmp_path: Path) -> None:
+    rows = padded_rows([COMPLETIONS[0]] * 2 + [COMPLETIONS[1]] * 2, 9)
+    write_npy(tmp_path / "o.npy", rows, 2)
+    assert np.load(tmp_path / "o.npy").tolist() == [[[1, 2, 3, 4, 5]] * 2, [[6, 7, 9, 9, 9]] * 2]
+
+
 def test_logits_are_zero_beyond_a_shorter_prompt(tmp_path: Path) -> None:
     logits = PromptLogits(tmp_path / "l.npy", [(1, 2, 3), (6,)], 4)
     logits.write(0, 0, torch.ones(1, 4))

@@ -17,9 +17,9 @@ from arctic_trt.engine.tensorrt_llm.session import NO_END, Decoding
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Completion, Listeners
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
-from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.requests import Request, word_ids
 from arctic_trt.runtime.sampler import Sampling, plan_sampling
-from arctic_trt.runtime.trtllm import generate_with_trtllm, plan_choice, plan_decoding, stop_word_ids
+from arctic_trt.runtime.trtllm import generate_with_trtllm, plan_choice, plan_decoding
 from tests.runtime.conftest import Model
 
 END = 2
@@ -34,6 +34,7 @@ class Answers:
 
     answers: dict[tuple[int, ...], list[int]]
     gathers_logits: bool = False
+    counts_prompt: bool = False
     asked: list[tuple[list[tuple[int, ...]], Decoding]] = field(default_factory=list)
 
     def _answer(self, prompt: Sequence[int], decoding: Decoding) -> list[int]:
@@ -42,11 +43,10 @@ class Answers:
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         self.asked.append(([tuple(prompt) for prompt in prompts], decoding))
-        return [self._answer(prompt, decoding) for prompt in prompts]
+        return [self._answer(prompt, decoding) for prompt in prompts for _ in range(decoding.num_return_sequences)]
 
-    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[int], Tensor]:
-        [ids] = self.generate([prompt], decoding)
-        return ids, torch.full((len(prompt), 6), float(prompt[0]))
+    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[list[int]], Tensor]:
+        return self.generate([prompt], decoding), torch.full((len(prompt), 6), float(prompt[0]))
 
     def stream(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[list[int]]]:
         whole = self.generate(prompts, decoding)
@@ -68,6 +68,7 @@ def complete(
     tokenizer: Tokenizer | None = None,
     listeners: Listeners | None = None,
     streaming: bool = False,
+    num_return_sequences: int = 1,
 ) -> list[Completion]:
     return generate_with_trtllm(
         session,
@@ -78,6 +79,7 @@ def complete(
         detokenizer=(lambda: Detokenizer(tokenizer.decode, settled_ids(tokenizer))) if tokenizer else lambda: None,
         listeners=listeners or Listeners(),
         streaming=streaming,
+        num_return_sequences=num_return_sequences,
     )
 
 
@@ -183,17 +185,10 @@ def test_a_stop_word_ends_the_text_before_it(tokenizer: Tokenizer, streaming: bo
 
 
 def test_a_sequence_that_tensorrt_ended_at_a_stop_word_did_not_come_to_its_end_token(tokenizer: Tokenizer) -> None:
-    [word] = stop_word_ids(["sea"], tokenizer)[:1]
+    [word] = word_ids(["sea"], tokenizer)[:1]
     session = Answers({(1,): [20, *word]})
     [completion] = complete(session, [request((1,), new=40, stop_words=("sea",))], tokenizer=tokenizer)
     assert completion.finish_reason == "stop" and completion.token_ids[-1] != END
-
-
-def test_stop_words_in_tokens(tokenizer: Tokenizer) -> None:
-    found = stop_word_ids(["sea", "sea"], tokenizer)
-    assert tuple(tokenizer.encode_bare("sea")) in found and len(set(found)) == len(found)
-    assert all(tokenizer.decode(list(ids)).strip() == "sea" for ids in found)
-    assert stop_word_ids(["sea"], None) == ()
 
 
 @pytest.mark.parametrize(
@@ -222,6 +217,42 @@ def test_drawing_is_never_turned_into_its_opposite(temperature: float | None, to
 def test_penalty_and_seed_are_passed_on() -> None:
     decoding = plan_decoding(request((1,), sampling=plan_sampling(repetition_penalty=1.3, seed=7)), END, ())
     assert (decoding.repetition_penalty, decoding.random_seed, decoding.max_new_tokens) == (1.3, 7, 5)
+
+
+def test_the_rest_of_the_sampling_is_passed_on() -> None:
+    sampling = plan_sampling(temperature=1.0, min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.25)
+    decoding = plan_decoding(request((1,), sampling=sampling, bad_words=((3, 4), (5,))), END, (), 3)
+    assert (decoding.min_p, decoding.presence_penalty, decoding.frequency_penalty) == (0.1, 0.5, -0.25)
+    assert (decoding.bad_ids, decoding.num_return_sequences) == (((3, 4), (5,)), 3)
+    greedy = plan_decoding(request((1,), sampling=plan_sampling(temperature=0.0, min_p=0.1)), END, ())
+    assert (greedy.top_k, greedy.min_p) == (1, 0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"gathers_logits": True}])
+def test_several_sequences_of_a_prompt(options: dict[str, bool]) -> None:
+    """As many prompts at a time as their sequences fit into the batch, the logits of each once."""
+    prompts = [(1, index) for index in range(10, 13)]
+    gathers, told = options.pop("gathers_logits", False), list[int]()
+    session = Answers({prompt: [prompt[1], 20, END] for prompt in prompts}, gathers_logits=gathers)
+    requests = [request(prompts[index // 2], index, prompt_logits=index % 2 == 0) for index in range(6)]
+    listeners = Listeners(on_prompt_logits=lambda index, start, logits_TV: told.append(index))
+    completions = complete(session, requests, batch=5, num_return_sequences=2, listeners=listeners, **options)  # type: ignore[arg-type]
+    assert [completion.prompt[1] for completion in completions] == [10, 10, 11, 11, 12, 12]
+    assert [completion.token_ids for completion in completions] == [(index // 2 + 10, 20, END) for index in range(6)]
+    assert [len(asked) for asked, _ in session.asked] == ([1, 1, 1] if gathers else [2, 1])
+    assert told == ([0, 2, 4] if gathers else [])
+
+
+@pytest.mark.parametrize(
+    ("counts_prompt", "flags", "said"),
+    [(True, {"presence_penalty": 1.0}, True), (True, {}, False), (False, {"presence_penalty": 1.0}, False)],
+)
+def test_an_old_tensorrt_counts_the_prompt(
+    counts_prompt: bool, flags: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "arctic_trt"):
+        complete(Answers({(1,): [7]}, counts_prompt=counts_prompt), [request((1,), sampling=plan_sampling(**flags))])
+    assert ("before 1.2 counts the prompt's tokens" in caplog.text) == said
 
 
 def test_a_limit_of_tensorrt_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from arctic_trt.model.tokenizer import Tokenizer
+from arctic_trt.runtime.requests import word_ids
 from tests.runtime.conftest import Model
 from tests.support.engines import Job, mpi_environ, mpirun_command, write_prompts
 from tests.trtllm_standin.fixtures import StandIn, install_standin
@@ -56,6 +57,10 @@ OFFICIAL_GENERATE = {
     "top_p": 0.0,
     "num_beams": 1,
     "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+    "num_return_sequences": None,
     "bad_words_list": None,
     "output_cum_log_probs": False,
     "output_log_probs": False,
@@ -220,6 +225,22 @@ def test_settings_reach_the_runtime(go: Go, make_engine: Callable[..., Path], st
     assert (asked["temperature"], asked["top_k"], asked["top_p"], asked["random_seed"]) == (0.7, 0, 0.9, 3)
 
 
+def test_sampling_reaches_the_library(
+    go: Go, make_engine: Callable[..., Path], standin: StandIn, tiny: Model, tmp_path: Path
+) -> None:
+    flags = ["--min_p", 0.1, "--presence_penalty", 0.5, "--frequency_penalty", 0.25, "--bad_words", "sea", "--temperature", 2]
+    words = ["--input_text", PROMPT, "a", "--num_return_sequences", 2, "--end_id", -1, "--output_npy", tmp_path / "o.npy"]
+    found = outputs(go(make_engine("--max_batch_size", "4"), *words, *flags, "--json"))
+    asked = standin.calls("ModelRunnerCpp.generate")[0]["arguments"]
+    assert (asked["min_p"], asked["presence_penalty"], asked["frequency_penalty"]) == (0.1, 0.5, 0.25)
+    lengths = [len(Tokenizer(tiny.hf_dir).encode(text)) for text in (PROMPT, "a")]
+    assert (asked["num_return_sequences"], asked["prompt_ignore_length"]) == (2, max(lengths))
+    assert asked["bad_words_list"] == [[list(ids) for ids in word_ids(["sea"], Tokenizer(tiny.hf_dir))]] * 2
+    assert [output["prompt_tokens"] for output in found] == [lengths[0]] * 2 + [lengths[1]] * 2
+    assert found[0]["token_ids"] != found[1]["token_ids"]
+    assert np.load(tmp_path / "o.npy")[1, 0, lengths[1] : lengths[1] + 20].tolist() == found[2]["token_ids"]
+
+
 def test_the_torch_backend_says_what_it_has_no_settings_for(go: Go, tiny: Model) -> None:
     words = ["--enable_chunked_context", "--cuda_graph_mode", "--max_tokens_in_paged_kv_cache", 640]
     job = go(tiny.engine("fp8"), "--input_text", PROMPT, *words, "-v", ranks=1)
@@ -241,6 +262,7 @@ def test_the_torch_backends_budget_has_no_effect_on_tensorrt_llm(go: Go, make_en
         ([], {"FAKE_GPU_CAPABILITY": "8.9"}, 3, r"built for SM 90 .*GPU 0 is SM 89"),
         ([], {"FAKE_GPU_FREE_MIB": "0"}, 3, r"GPU 0 .* has 0\.0 GB free"),
         (["--output_logits_npy", "x.npy"], {}, 2, "--output_logits_npy needs the prompts' logits.*--gather_context_logits"),
+        (["--logprobs", "2"], {}, 2, "--logprobs needs an engine of the torch backend"),
         (["--kv_cache_free_gpu_memory_fraction", "2"], {}, 2, "--kv_cache_free_gpu_memory_fraction 2.0 is out of range"),
     ],
 )

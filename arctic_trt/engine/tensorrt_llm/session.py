@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arctic_trt.engine.tensorrt_llm.versions import installed_versions
 from arctic_trt.errors import ArcticTrtError
 
 KV_CACHE_FRACTION = 0.9
@@ -55,7 +56,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """How one batch is decoded. ``stop_ids`` are sequences of ids that end an output, for every prompt of the batch."""
+    """How one batch is decoded, ``num_return_sequences`` times each prompt.
+
+    ``stop_ids`` are sequences of ids that end an output, ``bad_ids`` such that never appear, for every prompt of the batch.
+    """
 
     max_new_tokens: int
     end_id: int
@@ -65,6 +69,11 @@ class Decoding:
     top_p: float
     repetition_penalty: float
     random_seed: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_ids: tuple[tuple[int, ...], ...] = ()
+    num_return_sequences: int = 1
 
 
 class TrtLlmSession:
@@ -95,19 +104,19 @@ class TrtLlmSession:
             )
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
-        """Generated ids of each prompt."""
+        """Generated ids of each prompt's sequences, those of the first prompt first."""
         return _new_ids(self._generate(prompts, decoding, streaming=False), prompts)
 
-    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[int], Tensor]:
-        """Generated ids of a prompt, and its logits, float32 [T, V] with V padded, from an engine that gathers them.
+    def generate_one(self, prompt: Sequence[int], decoding: Decoding) -> tuple[list[list[int]], Tensor]:
+        """Generated ids of a prompt's sequences, and its logits, float32 [T, V] with V padded, from an engine that gathers them.
 
         One prompt at a time, because TensorRT-LLM cuts the logits of a batch at wrong rows where prompts differ in length.
         """
         outputs = self._generate([prompt], decoding, streaming=False)
-        return _new_ids(outputs, [prompt])[0], outputs["context_logits"][0].float().cpu()
+        return _new_ids(outputs, [prompt]), outputs["context_logits"][0].float().cpu()
 
     def stream(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[list[int]]]:
-        """Generated ids of each prompt so far, again and again until all are done.
+        """Generated ids of each prompt's sequences so far, again and again until all are done.
 
         Not for an engine that gathers logits: TensorRT-LLM asserts that every piece of the stream carries them.
         """
@@ -120,7 +129,9 @@ class TrtLlmSession:
             yield _new_ids(outputs, prompts)
 
     def _generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, streaming: bool) -> Any:
-        stop = [[list(ids) for ids in decoding.stop_ids] for _ in prompts] if decoding.stop_ids else None
+        samples = decoding.num_return_sequences
+        counting = decoding.presence_penalty or decoding.frequency_penalty
+        longest = {} if self.counts_prompt or not counting else {"prompt_ignore_length": max(map(len, prompts))}
         with torch.no_grad(), redirect_stdout(sys.stderr), failing_as_ours("generate"):
             return self._runner.generate(
                 batch_input_ids=[torch.tensor(prompt, dtype=torch.int32) for prompt in prompts],
@@ -132,17 +143,29 @@ class TrtLlmSession:
                 top_p=decoding.top_p,
                 repetition_penalty=decoding.repetition_penalty,
                 random_seed=decoding.random_seed,
+                min_p=decoding.min_p,
+                presence_penalty=decoding.presence_penalty,
+                frequency_penalty=decoding.frequency_penalty,
                 num_beams=1,
-                stop_words_list=stop,
+                num_return_sequences=None if samples == 1 else samples,
+                stop_words_list=_for_each(prompts, decoding.stop_ids),
+                bad_words_list=_for_each(prompts, decoding.bad_ids),
                 streaming=streaming,
                 output_sequence_lengths=True,
                 return_dict=True,
+                **longest,
             )
 
     @property
     def gathers_logits(self) -> bool:
         """Whether :meth:`generate_one` is possible, and :meth:`stream` is not."""
         return bool(self._runner.gather_context_logits)
+
+    @property
+    def counts_prompt(self) -> bool:
+        """Whether presence and frequency penalties cannot leave out the prompt, which ``prompt_ignore_length`` does since 1.2."""
+        versions = installed_versions()
+        return versions is None or versions.release < (1, 2)
 
     def close(self) -> None:
         """Let go of the engine; on ranks other than 0 this returns when rank 0's executor has ended."""
@@ -180,6 +203,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _new_ids(outputs: dict[str, Tensor], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What follows the prompts in ``output_ids`` [batch, beams, longest], by ``sequence_lengths`` [batch, beams]."""
+    """What follows the prompts in ``output_ids`` [batch, sequences, longest], by ``sequence_lengths`` [batch, sequences]."""
     ids, lengths = outputs["output_ids"].cpu(), outputs["sequence_lengths"].cpu()
-    return [ids[row, 0, len(prompt) : int(lengths[row, 0])].tolist() for row, prompt in enumerate(prompts)]
+    return [
+        ids[row, number, len(prompt) : int(lengths[row, number])].tolist()
+        for row, prompt in enumerate(prompts)
+        for number in range(ids.shape[1])
+    ]
+
+
+def _for_each(prompts: Sequence[object], words: Sequence[Sequence[int]]) -> list[list[list[int]]] | None:
+    return [[list(ids) for ids in words] for _ in prompts] if words else None

@@ -1,0 +1,119 @@
+"""From a step's logits to its tokens, each request by its own rules: what it said before, its bad words, its random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from arctic_trt.errors import ArcticTrtError
+from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.sampler import (
+    Floats,
+    candidates,
+    draw,
+    forbidden_next,
+    likeliest,
+    log_sum_exp,
+    penalize_counts,
+    penalize_seen,
+    request_generator,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities by the model's own logits, before bad words, penalties and temperature.
+
+    ``top`` has (token, logprob) of the likeliest tokens, the likeliest first; the chosen ``token`` need not be among them.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Said:
+    """What a sequence has in its prompt and its output, by token, kept so that a step costs no look at the whole."""
+
+    def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
+        self.seen_V: npt.NDArray[np.bool_] = np.zeros(vocab_size, np.bool_)
+        self.seen_V[list(prompt)] = True
+        self.counts_V: npt.NDArray[np.int32] = np.zeros(vocab_size, np.int32)
+
+    def add(self, token: int) -> None:
+        """Count a token of the output."""
+        self.seen_V[token] = True
+        self.counts_V[token] += 1
+
+
+class Chooser:
+    """Chooses the tokens of one request, one after the other."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._sampling = request.sampling
+        self._generator = request_generator(request.sampling.seed, request.index)
+        self._said: Said | None = None
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def is_argmax(self) -> bool:
+        """The largest of the logits as they come is chosen."""
+        return self._sampling.is_argmax and not self._request.bad_words
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Of the tokens chosen so far, if the request wants them."""
+        return None if self._request.logprobs is None else tuple(self._logprobs)
+
+    def choose(self, logits_V: Floats, tokens: Sequence[int]) -> int:
+        """The next token after ``tokens``, prompt and output; raises :class:`ArcticTrtError` when bad words leave none."""
+        adjusted_V = self._adjust(logits_V, tokens)
+        token = int(adjusted_V.argmax())
+        if adjusted_V[token] == -np.inf:
+            raise ArcticTrtError(
+                f"The bad words of prompt {self._request.index} leave no token after {len(tokens)}.", "Forbid fewer words."
+            )
+        if not self._sampling.greedy:
+            token = draw(*candidates(adjusted_V, self._sampling), self._generator)
+        return token
+
+    def add(self, logits_V: Floats, token: int) -> None:
+        """Take note of ``token``, which was chosen from ``logits_V``."""
+        if self._said is not None:
+            self._said.add(token)
+        if self._request.logprobs is not None:
+            norm = log_sum_exp(logits_V)
+            top = tuple((index, float(logits_V[index]) - norm) for index in likeliest(logits_V, self._request.logprobs))
+            self._logprobs.append(TokenLogprobs(token, float(logits_V[token]) - norm, top))
+
+    def _adjust(self, logits_V: Floats, tokens: Sequence[int]) -> Floats:
+        """The logits after bad words and penalties; others are left as they are."""
+        sampling = self._sampling
+        if not sampling.penalizes and not self._request.bad_words:
+            return logits_V
+        adjusted_V: Floats = logits_V.copy()
+        adjusted_V[forbidden_next(self._request.bad_words, tokens)] = -np.inf
+        if sampling.penalizes:
+            if self._said is None:
+                self._said = Said(self._request.prompt, len(logits_V))
+            if sampling.repetition_penalty != 1:
+                penalize_seen(adjusted_V, self._said.seen_V, sampling.repetition_penalty)
+            penalize_counts(adjusted_V, self._said.counts_V, sampling.presence_penalty, sampling.frequency_penalty)
+        return adjusted_V
+
+
+def choose_tokens(logits_WV: Tensor, choosers: Sequence[Chooser], tokens: Sequence[Sequence[int]]) -> list[int]:
+    """The next token for each of the sequences, whose ``tokens`` are prompt and output; finite float32 logits on the CPU."""
+    largest = logits_WV.argmax(-1).tolist()
+    chosen = []
+    for row, chooser in enumerate(choosers):
+        logits_V = logits_WV[row].numpy()
+        token = largest[row] if chooser.is_argmax else chooser.choose(logits_V, tokens[row])
+        chooser.add(logits_V, token)
+        chosen.append(token)
+    return chosen
