@@ -99,6 +99,8 @@ def test_not_one_line_done_is_a_failure(words: list[object], arctic_trt: ArcticT
         (["--output_npy", "x.npy"], "--output_npy does not go with --output_file"),
         (["--output_csv", "x.csv"], "--output_csv does not go with --output_file"),
         (["--output_logits_npy", "x.npy"], "--output_logits_npy does not go with --output_file"),
+        (["--num_return_sequences", "2"], "--num_return_sequences does not go with --output_file"),
+        (["--logprobs", "0"], "--logprobs does not go with --output_file"),
         (["--cuda_graph_mode"], "--cuda_graph_mode does not go with --output_file"),
         (["--shard", "2/2"], "--shard 2/2 is not valid, expected I/N with 0 <= I < N"),
         (["--input_file", "x.txt"], "--input_file x.txt has the ending '.txt', expected .jsonl"),

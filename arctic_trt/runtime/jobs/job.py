@@ -53,6 +53,7 @@ class JobOptions:
     sampling: dict[str, float | None] = field(default_factory=dict)
     end_id: int | None = None
     stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
     chat: bool = False
     kv_budget: KvBudget = field(default_factory=KvBudget)
 
@@ -168,6 +169,7 @@ def _prepare(options: JobOptions, stack: ExitStack) -> BatchJob:
         sampling=options.sampling,
         end_ids=find_end_ids(options.end_id, tokenizer, directory),
         stop_words=options.stop_words,
+        bad_words=options.bad_words,
         chat=options.chat,
     )
     settings = job_settings(options.engine_dir, asdict(engine), directory, defaults, options.shard)
@@ -191,7 +193,7 @@ def _prepare(options: JobOptions, stack: ExitStack) -> BatchJob:
 
 def _load_tokenizer(options: JobOptions, directory: Path) -> Tokenizer | None:
     """None where there is none: then prompts have to be token ids, and the results hold no text."""
-    if not options.stop_words and not (directory / FILES[0]).exists():
+    if not (options.stop_words or options.bad_words) and not (directory / FILES[0]).exists():
         logger.warning("There is no %s in %s: only prompts of token ids can be done.", FILES[0], directory)
         return None
     return Tokenizer(directory)

@@ -20,7 +20,7 @@ SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
 """Fields that :func:`plan_sampling` takes."""
-NOT_YET = ("min_p", "presence_penalty", "frequency_penalty", "bad_words", "logprobs", "top_logprobs")
+NOT_YET = ("logprobs", "top_logprobs")
 """Fields that are understood, but that the engine cannot do: an error unless they ask for nothing."""
 SHOWN = 40
 EXPECTED = {
@@ -152,8 +152,7 @@ class Line:
     @property
     def sampling(self) -> dict[str, float]:
         """The fields of :data:`SAMPLING` that the line gives."""
-        names = (name for name in SAMPLING if name not in NOT_YET)
-        return {name: value for name in names if (value := getattr(self.body, name)) is not None}
+        return {name: value for name in SAMPLING if (value := getattr(self.body, name)) is not None}
 
     @property
     def logprobs(self) -> int | None:

@@ -17,7 +17,7 @@ from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.inputs import tokenize
 from arctic_trt.runtime.jobs.input_file import Shard
 from arctic_trt.runtime.jobs.lines import INVALID_REQUEST, MAX_CHOICES, Line, LineError, texts
-from arctic_trt.runtime.requests import Request, plan_requests
+from arctic_trt.runtime.requests import Request, plan_requests, word_ids
 from arctic_trt.runtime.sampler import plan_sampling
 
 INDICES = 2**31
@@ -34,6 +34,7 @@ class Defaults:
     sampling: Mapping[str, float | None] = field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
     chat: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,6 +44,7 @@ class Defaults:
             "max_output_len": self.max_output_len,
             "end_ids": list(self.end_ids),
             "stop_words": list(self.stop_words),
+            "bad_words": list(self.bad_words),
             "chat": self.chat,
             **given,
         }
@@ -68,8 +70,9 @@ class Planner:
         defaults, body = self.defaults, line.body
         prompt = tokenize(line.prompt, self.tokenizer, chat=defaults.chat)
         stop_words = defaults.stop_words if body.stop is None else texts(body.stop)
-        if stop_words and self.tokenizer is None:
-            raise UsageError("stop needs a tokenizer.", "Give --tokenizer_dir.")
+        bad_words = defaults.bad_words if body.bad_words is None else texts(body.bad_words)
+        if (stop_words or bad_words) and self.tokenizer is None:
+            raise UsageError(f"{'stop' if stop_words else 'bad_words'} needs a tokenizer.", "Give --tokenizer_dir.")
         (request,) = plan_requests(
             [prompt],
             self.limits,
@@ -78,6 +81,7 @@ class Planner:
             sampling=plan_sampling(**{**defaults.sampling, **line.sampling}),  # type: ignore[arg-type]
             end_ids=frozenset(defaults.end_ids),
             stop_words=stop_words,
+            bad_words=word_ids(bad_words, self.tokenizer),
         )
         first = (line.number - 1) * MAX_CHOICES
         return [replace(request, index=(first + choice) % INDICES) for choice in range(body.n)]

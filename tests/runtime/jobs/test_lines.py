@@ -110,18 +110,13 @@ def test_what_is_wrong_is_named(given: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "missing"),
     [
-        ({"min_p": 0.1}, "min_p"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"frequency_penalty": 1}, "frequency_penalty"),
-        ({"bad_words": "x"}, "bad_words"),
         ({"logprobs": True, "top_logprobs": 0}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
     ],
 )
 def test_what_is_not_supported_is_an_error_unless_it_asks_for_nothing(asked: dict[str, Any], missing: str) -> None:
     assert complaint({"prompt": "x", **asked}) == f"{missing} is not supported by this engine."
-    nothing = {"min_p": 0, "presence_penalty": 0.0, "frequency_penalty": 0, "bad_words": [], "logprobs": False}
-    assert parse_line({"prompt": "x", **nothing}, 1).sampling == {}
+    assert parse_line({"prompt": "x", "logprobs": False}, 1).logprobs is None
 
 
 def test_a_long_value_is_shown_in_part() -> None:

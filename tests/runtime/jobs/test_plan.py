@@ -12,7 +12,7 @@ from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.jobs.input_file import Shard
 from arctic_trt.runtime.jobs.lines import LineError, parse_line
 from arctic_trt.runtime.jobs.plan import Defaults, Planner, in_fields, job_settings
-from arctic_trt.runtime.requests import Request
+from arctic_trt.runtime.requests import Request, word_ids
 from arctic_trt.runtime.sampler import Sampling
 from tests.support.small_tokenizer import write_tokenizer
 
@@ -44,6 +44,18 @@ def test_a_line_goes_over_the_command_line(tokenizer: Tokenizer) -> None:
     assert (own.max_new_tokens, own.stop_words, own.end_ids) == (3, ("a", "b"), {4, 2})
     assert own.sampling == Sampling(temperature=0.0, top_k=7, seed=8)
     assert plan({"prompt": "the sea", "stop": []}, tokenizer)[0].stop_words == ()
+
+
+def test_penalties_and_bad_words_of_a_line(tokenizer: Tokenizer) -> None:
+    defaults = Defaults(sampling={"min_p": 0.5, "presence_penalty": 1.0}, bad_words=("sea",))
+    (plain,) = plan({"prompt": [1]}, tokenizer, defaults)
+    assert plain.sampling == Sampling(min_p=0.5, presence_penalty=1.0)
+    assert plain.bad_words == word_ids(["sea"], tokenizer) != ()
+    line = {"prompt": [1], "min_p": 0.1, "presence_penalty": 0, "frequency_penalty": -1, "bad_words": ["is", "the"]}
+    (own,) = plan(line, tokenizer, defaults)
+    assert own.sampling == Sampling(min_p=0.1, frequency_penalty=-1.0)
+    assert own.bad_words == word_ids(["is", "the"], tokenizer)
+    assert plan({"prompt": [1], "bad_words": []}, tokenizer, defaults)[0].bad_words == ()
 
 
 def test_without_a_length_the_engine_s_is_the_limit() -> None:
@@ -85,7 +97,9 @@ def test_each_choice_has_an_index_that_only_its_place_decides() -> None:
         ({"prompt": [-1]}, "The prompt has token id -1"),
         ({"prompt": [1] * 41}, "The prompt has 41 tokens, the engine was built for --max_input_len 40."),
         ({"prompt": [1] * 40, "max_tokens": 11}, "which with max_tokens 11 exceeds the engine's --max_seq_len 50. At most 10"),
-        ({"prompt": [1], "temperature": -1}, "temperature -1.0 is out of range, expected 0 or more."),
+        ({"prompt": [1], "temperature": -1}, "temperature -1.0 is out of range, expected a finite number, 0 or more."),
+        ({"prompt": [1], "bad_words": "x"}, "bad_words needs a tokenizer. Give --tokenizer_dir."),
+        ({"prompt": [1], "presence_penalty": 3}, "presence_penalty 3.0 is out of range, expected between -2 and 2"),
         ({"prompt": [1], "top_p": 2}, "top_p 2.0 is out of range"),
         ({"prompt": [1], "repetition_penalty": 0}, "repetition_penalty 0.0 is out of range"),
         ({"prompt": [1], "seed": -1}, "seed -1 is out of range"),
