@@ -165,7 +165,8 @@ def _job_options(shard: str | None, input_file: Path | None, kv_cache_memory: st
     from arctic_trt.runtime.jobs.job import JobOptions
     from arctic_trt.runtime.kv_budget import KvBudget
 
-    wrong = [name for name in NOT_IN_JOBS if flags.pop(name) not in (None, False, ())]
+    given = {name: flags.pop(name) for name in NOT_IN_JOBS}
+    wrong = [name for name, value in given.items() if not (value is None or value is False or value == ())]
     if wrong:
         raise UsageError(f"--{wrong[0]} does not go with --output_file, which makes this a batch job.", "Leave one of them out.")
     if input_file is None:

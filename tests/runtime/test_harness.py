@@ -224,6 +224,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tiny: Model, monkeypatch: pytes
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "num_beams": 1}, Sampling(seed=4)),
         ({"temperature": 0.7}, Sampling(temperature=0.7, seed=4)),
         ({"do_sample": True}, Sampling(temperature=1.0, seed=4)),
+        ({"do_sample": True, "min_p": 0.2}, Sampling(temperature=1.0, min_p=0.2, seed=4)),
         ({"do_sample": True, "top_p": 0.9, "top_k": 3}, Sampling(temperature=1.0, top_p=0.9, top_k=3, seed=4)),
         ({"repetition_penalty": 1.2}, Sampling(repetition_penalty=1.2, seed=4)),
     ],
@@ -238,7 +239,7 @@ def test_how_a_task_generates(asked: dict[str, Any], sampling: Sampling) -> None
     ("asked", "complaint"),
     [
         ({"num_beams": 4}, "generation_kwargs has num_beams=4, which the engine cannot do. It knows until"),
-        ({"min_p": 0.1, "typical_p": 0.2}, "has min_p=0.1, typical_p=0.2"),
+        ({"epsilon_cutoff": 0.1, "typical_p": 0.2}, "has epsilon_cutoff=0.1, typical_p=0.2"),
         ({"max_gen_toks": 0}, "has max_gen_toks=0"),
         ({"until": [3]}, r"has until=\[3\]"),
         ({"temperature": 0.5, "top_p": 3.0}, "--top_p 3.0 is out of range"),
