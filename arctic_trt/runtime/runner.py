@@ -180,7 +180,7 @@ def _plan(options: RunOptions, engine: EngineConfig, vocab_size: int) -> Job:
         check_writable(f"--{flag}", getattr(options, flag))
     if options.logprobs is not None and engine.backend != TORCH:
         raise UsageError(
-            "--logprobs needs an engine of the torch backend: TensorRT-LLM has those of chosen tokens alone, after penalties.",
+            "--logprobs needs an engine of the torch backend: TensorRT-LLM gives those of the chosen tokens alone.",
             "Leave it out, or build an engine with --backend torch.",
         )
     prompts = read_prompts(options.input_text, options.input_file)
