@@ -56,7 +56,7 @@ class Chooser:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._sampling = request.sampling
-        self._generator = request_generator(request.sampling.seed, request.index)
+        self._generator = request_generator(request.sampling.seed, request.index if request.stream is None else request.stream)
         self._said: Said | None = None
         self._logprobs: list[TokenLogprobs] = []
 

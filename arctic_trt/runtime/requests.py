@@ -22,6 +22,7 @@ class Request:
 
     ``bad_words`` are sequences of ids that must not come up. With ``logprobs`` the log probabilities of the chosen tokens are
     wanted, and of as many of the likeliest; with ``prompt_logits`` the logits of the prompt's positions from ``logits_from`` on.
+    ``stream`` says which random numbers of its seed it draws, those of its index if it is None.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Request:
     logprobs: int | None = None
     prompt_logits: bool = False
     logits_from: int = 0
+    stream: int | None = None
 
     @property
     def num_cached(self) -> int:

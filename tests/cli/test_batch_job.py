@@ -171,9 +171,10 @@ def test_a_job_of_two_ranks_that_is_refused_ends_with_one_sentence(
 
 @pytest.mark.mpi
 def test_two_ranks_that_are_interrupted_and_go_on_do_what_one_does(
-    words: list[object], engine: Callable[[int], Path], arctic_trt: ArcticTrt, tmp_path: Path
+    words: list[object], engine: Callable[[int], Path], arctic_trt: ArcticTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_lines(tmp_path / "in.jsonl", [*LINES, *mixed_lines(95, 512)])
+    monkeypatch.setenv("ARCTIC_TRT_CPU_KERNELS", "portable")  # equal for any number of ranks, and slow enough to interrupt
+    write_lines(tmp_path / "in.jsonl", [*LINES, *mixed_lines(295, 512)])
     words += ["--max_output_len", 2, "--json"]
     assert arctic_trt(*words).code == 0
     output = tmp_path / "together.jsonl"
@@ -186,7 +187,7 @@ def test_two_ranks_that_are_interrupted_and_go_on_do_what_one_does(
             time.sleep(0.005)
         job.send_signal(signal.SIGTERM)
     done = output.read_bytes()
-    assert job.returncode != 0 and 1 <= done.count(b"\n") < 100
+    assert job.returncode != 0 and 1 <= done.count(b"\n") < 300
     finished = mpirun(2, "-m", "arctic_trt", *words)
     assert finished.code == 0, finished.err
     value = json.loads(finished.out)

@@ -16,6 +16,7 @@ from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
 from arctic_trt.runtime.jobs.input_file import InputScan, Shard, read_lines, scan_input
 from arctic_trt.runtime.jobs.lines import DUPLICATE, INVALID_REQUEST, Line, LineError, custom_id_of, decode_line, parse_line
+from arctic_trt.runtime.jobs.logprobs import names_of
 from arctic_trt.runtime.jobs.output_file import (
     OutputFile,
     Resume,
@@ -270,7 +271,8 @@ class BatchJob:
         if len(choices) < len(pending.choices):
             return
         model = self._options.engine_dir.absolute().name
-        self._output.append(result_line(pending.line, choices, model=model, created=int(time.time())))
+        created, name_of = int(time.time()), names_of(self._planner.tokenizer)
+        self._output.append(result_line(pending.line, choices, model=model, created=created, name_of=name_of))
         self.meter.completed += 1
         self.meter.prompt_tokens += len(completion.prompt)
         self.meter.output_tokens += sum(len(each.token_ids) for each in choices)

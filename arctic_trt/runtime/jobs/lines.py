@@ -20,8 +20,6 @@ SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
 """Fields that :func:`plan_sampling` takes."""
-NOT_YET = ("logprobs", "top_logprobs")
-"""Fields that are understood, but that the engine cannot do: an error unless they ask for nothing."""
 SHOWN = 40
 EXPECTED = {
     "prompt": "a text or a list of token ids",
@@ -191,13 +189,7 @@ def parse_line(value: dict[str, Any], number: int) -> Line:
         raise LineError(INVALID_REQUEST, _sentence(error)) from None
     except UnicodeEncodeError as error:
         raise LineError(INVALID_REQUEST, f"The line holds half a character, {error.object[error.start]!a}.") from None
-    line = Line(number, custom_id_of(value, number), body)
-    missing = [name for name in NOT_YET if getattr(body, name)] or ["logprobs"] * (
-        "logprobs" in NOT_YET and line.logprobs is not None
-    )
-    if missing:
-        raise LineError(INVALID_REQUEST, f"{missing[0]} is not supported by this engine.")
-    return line
+    return Line(number, custom_id_of(value, number), body)
 
 
 def texts(given: str | list[str]) -> tuple[str, ...]:

@@ -82,9 +82,14 @@ class Planner:
             end_ids=frozenset(defaults.end_ids),
             stop_words=stop_words,
             bad_words=word_ids(bad_words, self.tokenizer),
+            logprobs=line.logprobs,
         )
         first = (line.number - 1) * MAX_CHOICES
-        return [replace(request, index=(first + choice) % INDICES) for choice in range(body.n)]
+        return [
+            # a seed of the line's own promises the same results wherever the line stands
+            replace(request, index=(first + choice) % INDICES, stream=None if body.seed is None else choice)
+            for choice in range(body.n)
+        ]
 
 
 def in_fields(message: str) -> str:

@@ -55,8 +55,7 @@ def test_openai_s_form() -> None:
         ({"logprobs": 2}, 2),
     ],
 )
-def test_logprobs_of_both_interfaces(asked: dict[str, Any], expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arctic_trt.runtime.jobs.lines.NOT_YET", ())
+def test_logprobs_of_both_interfaces(asked: dict[str, Any], expected: int | None) -> None:
     assert parse_line(chat(**asked), 1).logprobs == expected
 
 
@@ -105,18 +104,6 @@ def test_logprobs_of_both_interfaces(asked: dict[str, Any], expected: int | None
 )
 def test_what_is_wrong_is_named(given: dict[str, Any], expected: str) -> None:
     assert expected in complaint(given)
-
-
-@pytest.mark.parametrize(
-    ("asked", "missing"),
-    [
-        ({"logprobs": True, "top_logprobs": 0}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
-    ],
-)
-def test_what_is_not_supported_is_an_error_unless_it_asks_for_nothing(asked: dict[str, Any], missing: str) -> None:
-    assert complaint({"prompt": "x", **asked}) == f"{missing} is not supported by this engine."
-    assert parse_line({"prompt": "x", "logprobs": False}, 1).logprobs is None
 
 
 def test_a_long_value_is_shown_in_part() -> None:

@@ -141,3 +141,18 @@ def test_settings_follow_what_results_depend_on(tmp_path: Path) -> None:
     assert settings()["engine"] != before["engine"] and settings()["tokenizer"] == before["tokenizer"]
     (tokenizer_dir / "generation_config.json").write_text("{}")
     assert settings()["tokenizer"] != before["tokenizer"]
+
+
+def test_logprobs_are_asked_for() -> None:
+    assert [
+        plan({"prompt": [1], **asked}, defaults=Defaults())[0].logprobs for asked in ({}, {"logprobs": 3}, {"logprobs": True})
+    ] == [None, 3, 0]
+
+
+def test_a_seed_of_the_line_s_own_draws_the_same_wherever_it_stands() -> None:
+    def streams(number: int, **asked: Any) -> list[int | None]:
+        return [request.stream for request in plan({"prompt": [1], "n": 2, **asked}, defaults=Defaults(), number=number)]
+
+    assert streams(3, seed=7) == streams(900, seed=7) == [0, 1]
+    assert streams(3) == [None, None]
+    assert plan({"prompt": [1]}, defaults=Defaults(), number=3)[0].index != 0
