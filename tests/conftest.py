@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.trtllm_standin.fixtures import trtllm_standin
 __all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conftest
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; the commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code
 settings.load_profile("busy")
 

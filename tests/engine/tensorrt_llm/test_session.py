@@ -74,7 +74,7 @@ def test_a_batch_and_a_stream_of_it(engine: Callable[..., Path]) -> None:
 
 def test_a_prompt_with_its_logits(engine: Callable[..., Path]) -> None:
     session = TrtLlmSession(engine(gather_context_logits=True), 0, SHAPE, RuntimeOptions())
-    ids, logits_TV = session.generate_one([1, 2, 3], GREEDY)
+    [ids], logits_TV = session.generate_one([1, 2, 3], GREEDY)
     assert session.gathers_logits and ids == played([1, 2, 3])
     assert tuple(logits_TV.shape) == (3, 512) and logits_TV.device.type == "cpu"
     assert logits_TV[-1].argmax() == ids[0]
