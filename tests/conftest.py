@@ -21,7 +21,7 @@ from tests.trtllm_standin.fixtures import trtllm_standin
 __all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conftest
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; the commands under test would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, and inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code
 settings.load_profile("busy")
