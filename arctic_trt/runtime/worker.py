@@ -14,7 +14,8 @@ from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.kv_cache import KvCache
-from arctic_trt.runtime.native.choose import choose_kernels
+from arctic_trt.runtime.layer import plan_shape
+from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.step import END, Step, decode_step, encode_step
 from arctic_trt.runtime.weights import load_rank
@@ -77,4 +78,5 @@ def load_worker(engine_dir: Path, config: ArcticConfig, quant: QuantFormat, rank
         fp8=quant.kv_fp8,
     )
     gc.freeze()  # what is there now stays: collections between steps need not look through it
-    return Worker(Network(config, rank, weights, cache, comm, kernels))
+    layers = make_layers(kernels, weights.layers, plan_shape(config, rank))
+    return Worker(Network(config, rank, weights, layers, cache, comm, kernels))

@@ -7,10 +7,10 @@
 #include <math.h>
 
 #include "matmul.h"
+#include "ops.h"
 #include "pool.h"
 #include "tables.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define TILE 128 /* queries, heads of a group included, that share the unpacking of a page */
 #define ROWS 4  /* queries, positions and vectors of the head that are multiplied at a time: 4 x 4 sums fit the registers */
 
@@ -233,7 +233,6 @@ static void attend_part(void *job, long begin, long end) {
     for (long index = begin; index < end; index++) attend_piece(job, index);
 }
 
-/* out [T, N * H] for queries q [T, ldq], of which the first N * H are used; block is [C, M]. */
 EXPORT void attend(const float *q, const void *pages, long kind, long N, long K, long P, long H, const int32_t *start,
                    const int32_t *count, const int32_t *block, long C, long M, long ldq, const float *scale, float *out) {
     float factor = scale ? *scale : 1;
@@ -287,7 +286,6 @@ static void store_part(void *job, long begin, long end) {
     for (long t = begin; t < end; t++) store_token(job, t);
 }
 
-/* Keys and values, K heads of each of T rows that are `ld` apart, into positions slot[t] = page * P + offset. */
 EXPORT void store_kv(const float *k, const float *v, void *pages, const int64_t *slot, long T, long K, long P, long H, long ld,
                      long kind, const float *scale) {
     struct store_job job = {k, v, pages, slot, K, P, H, ld, kind, scale ? *scale : 1};

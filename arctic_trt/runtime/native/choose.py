@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime.kernels import CpuKernels, Kernels
+from arctic_trt.runtime.layer import ComposedLayer, Layer, LayerShape
 from arctic_trt.runtime.native.kernels import NativeKernels
+from arctic_trt.runtime.native.layer import NativeLayer
 from arctic_trt.runtime.native.library import NotCompiledError
+from arctic_trt.runtime.weights import LayerWeights
 
 VARIABLE = "ARCTIC_TRT_CPU_KERNELS"
 AUTO, COMPILED, PORTABLE = CHOICES = ("auto", "compiled", "portable")
@@ -42,3 +45,10 @@ def choose_kernels(environ: Mapping[str, str] = os.environ) -> Kernels:
         return CpuKernels()
     torch.set_num_threads(1)  # the library has threads of its own, and two sets of threads would fight for the cores
     return kernels
+
+
+def make_layers(kernels: Kernels, weights: Sequence[LayerWeights], shape: LayerShape) -> list[Layer]:
+    """A rank's layers, as whole calls where the kernels have such."""
+    if isinstance(kernels, NativeKernels):
+        return [NativeLayer(kernels.library, each, shape) for each in weights]
+    return [ComposedLayer(kernels, each, shape) for each in weights]

@@ -25,8 +25,8 @@ class NativeKernels:
 
     def __init__(self, threads: int, library: ctypes.CDLL | None = None) -> None:
         """Raises :class:`NotCompiledError` where no ``library`` is given, there is none and none can be made."""
-        self._lib = library or load()
-        self._lib.set_threads(threads)
+        self.library = library or load()
+        self.library.set_threads(threads)
 
     def hold(self, weight: Tensor) -> Tensor:
         return weight
@@ -36,17 +36,17 @@ class NativeKernels:
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x_TD, y_TD = x_TD.contiguous(), torch.empty(x_TD.shape)
-        self._lib.rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr(), *x_TD.shape, eps)
+        self.library.rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr(), *x_TD.shape, eps)
         return y_TD
 
     def rotate(self, qkv_TNH: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
         tokens, all_heads, size = qkv_TNH.shape
-        self._lib.rotary(qkv_TNH.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, all_heads * size, size)
+        self.library.rotary(qkv_TNH.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, all_heads * size, size)
 
     def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int) -> Routing:
         routing = Routing(torch.empty(len(x_TD), top_k, dtype=torch.int64), torch.empty(len(x_TD), top_k))
         sizes = (*router_ED.shape, top_k)
-        self._lib.route(
+        self.library.route(
             *(x_TD.data_ptr(), len(x_TD), router_ED.data_ptr(), KINDS[router_ED.dtype], *sizes),
             *(routing.chosen_TK.data_ptr(), routing.share_TK.data_ptr()),
         )
@@ -56,7 +56,7 @@ class NativeKernels:
         x, rows = x.contiguous(), projection.weight.shape[0]
         y = torch.empty(len(x), rows)
         weight, kind, *scales = _pointers(projection)
-        self._lib.project(x.data_ptr(), len(x), weight, kind, rows, x.shape[1], *scales, y.data_ptr())
+        self.library.project(x.data_ptr(), len(x), weight, kind, rows, x.shape[1], *scales, y.data_ptr())
         return y
 
     def partial_sum(self, x: Tensor, projection: Projection) -> Tensor:
@@ -65,14 +65,14 @@ class NativeKernels:
     def gated_mlp(self, x_TD: Tensor, fc: Projection, proj: Projection) -> Tensor:
         y_TD = torch.empty(len(x_TD), proj.weight.shape[0])
         sizes = (*x_TD.shape, proj.weight.shape[1])
-        self._lib.gated_mlp(x_TD.data_ptr(), *sizes, *_pointers(fc), *_pointers(proj), y_TD.data_ptr())
+        self.library.gated_mlp(x_TD.data_ptr(), *sizes, *_pointers(fc), *_pointers(proj), y_TD.data_ptr())
         return y_TD
 
     def experts(self, x_TD: Tensor, routing: Routing, fc: Projection, proj: Projection, first_expert: int) -> Tensor:
         y_TD = torch.zeros(x_TD.shape)
         held, _, ffn = proj.weight.shape
         chosen = (routing.chosen_TK.data_ptr(), routing.share_TK.data_ptr(), routing.chosen_TK.shape[1])
-        self._lib.experts(
+        self.library.experts(
             *(x_TD.data_ptr(), *x_TD.shape, ffn, *chosen, first_expert, held),
             *(*_pointers(fc), *_pointers(proj), y_TD.data_ptr()),
         )
@@ -80,7 +80,7 @@ class NativeKernels:
 
     def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None) -> None:
         _, _, heads, positions, size = pages.shape
-        self._lib.store_kv(
+        self.library.store_kv(
             *(k_TKH.data_ptr(), v_TKH.data_ptr(), pages.data_ptr(), slot_T.data_ptr(), len(slot_T)),
             *(heads, positions, size, k_TKH.stride(0), KINDS[pages.dtype], _pointer(scale)),
         )
@@ -90,7 +90,7 @@ class NativeKernels:
         _, _, kv_heads, positions, _ = pages.shape
         out = torch.empty(tokens, heads * size)
         where = (tables.start_C.data_ptr(), tables.count_C.data_ptr(), tables.block_CM.data_ptr(), *tables.block_CM.shape)
-        self._lib.attend(
+        self.library.attend(
             *(q_TNH.data_ptr(), pages.data_ptr(), KINDS[pages.dtype], heads, kv_heads, positions, size),
             *(*where, q_TNH.stride(0), _pointer(scale), out.data_ptr()),
         )
@@ -98,7 +98,7 @@ class NativeKernels:
 
     def read_bandwidth_probe(self, data: Tensor) -> int:
         """Read all of ``data``, with all threads; what is returned depends on every byte."""
-        return int(self._lib.read_memory(data.data_ptr(), data.nbytes))
+        return int(self.library.read_memory(data.data_ptr(), data.nbytes))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from arctic_trt.machine import cache_dir
 
-SOURCES = ("pool.c", "matmul.c", "attention.c", "ops.c")
-HEADERS = ("pool.h", "vec.h", "tables.h", "matmul.h")
+SOURCES = ("pool.c", "matmul.c", "attention.c", "ops.c", "layer.c")
+HEADERS = ("pool.h", "vec.h", "tables.h", "matmul.h", "ops.h")
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden"),
     # neither changes a result: errno is not read, and floating point exceptions are not trapped
@@ -41,6 +41,8 @@ SIGNATURES = {
     "gated_mlp": (P, L, L, L, P, L, P, P, P, L, P, P, P),
     "experts": (P, L, L, L, P, P, L, L, L, P, L, P, P, P, L, P, P, P),
     "store_kv": (P, P, P, P, L, L, L, L, L, L, P),
+    "attention_part": (P, P, L, P, P, P, P, P, P, L, L, P, L, L, P),
+    "mlp_part": (P, P, P, L, P),
     "attend": (P, P, L, L, L, L, L, P, P, P, L, L, L, P, P),
 }
 

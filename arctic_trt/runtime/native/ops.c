@@ -6,17 +6,16 @@
 #include <stdlib.h>
 
 #include "matmul.h"
+#include "ops.h"
 #include "pool.h"
 #include "vec.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define UNIT_ROWS 32     /* rows of weights that a thread takes at a time, at least */
 #define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long units_of(long rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS; }
 
-/* Scales come as pointers into the engine file; weights without scales have none. */
 static inline float value_of(const float *scale) { return scale ? *scale : 1; }
 
 /* ---- small things, a row at a time ---- */
@@ -81,7 +80,6 @@ static void rotary_row(const struct rotary_job *j, long t) {
 
 PART_OF_ROWS(rotary)
 
-/* Rotate the first `heads` heads of each row of x [T, stride] in place; cos and sin are [T, H]. */
 EXPORT void rotary(float *x, const float *cos, const float *sin, long T, long heads, long stride, long H) {
     struct rotary_job job = {x, cos, sin, heads, stride, H};
     run_rows(rotary_part, &job, T, heads * H);
@@ -158,7 +156,6 @@ static const void *prepare_rows(long kind, const float *x, const int32_t *from, 
     return out;
 }
 
-/* y [M, N] = alpha * (x [M, K] rounded by scale) times the rows of w [N, K]. */
 EXPORT void project(const float *x, long M, const void *data, long kind, long N, long K, const float *scale,
                     const float *alpha, float *y) {
     struct weights w = {data, kind, N, K, value_of(alpha)};
@@ -168,7 +165,6 @@ EXPORT void project(const float *x, long M, const void *data, long kind, long N,
     }
 }
 
-/* chosen and share [T, top]: the likeliest experts by the softmax over w [E, D] times x, their shares adding up to 1. */
 EXPORT void route(const float *x, long T, const void *data, long kind, long E, long D, long top, int64_t *chosen, float *share) {
     float *logits = scratch(2, T * E * 4);
     project(x, T, data, kind, E, D, NULL, NULL, logits);
@@ -201,7 +197,6 @@ static void gate_row(const struct gate_job *j, long m) {
 
 PART_OF_ROWS(gate)
 
-/* One gated MLP: y [M, D] = proj(silu(a) * b), a the first F rows of fc and b its others. */
 EXPORT void gated_mlp(const float *x, long M, long D, long F, const void *fc, long fc_kind, const float *fc_scale,
                       const float *fc_alpha, const void *proj, long proj_kind, const float *proj_scale, const float *proj_alpha, float *y) {
     struct weights up = {fc, fc_kind, 2 * F, D, value_of(fc_alpha)}, down = {proj, proj_kind, D, F, value_of(proj_alpha)};
@@ -292,8 +287,6 @@ static void some_experts(const float *x, long T, long D, long F, const int64_t *
     run_parts(expert_proj_part, &job, units_of(D));
 }
 
-/* y [T, D] += the weighted outputs of the chosen experts among the E from `first` on. fc is [E, 2F, D], its last F rows go
- * through SiLU; proj is [E, D, F]; the alphas are [E], NULL for weights without scales. */
 EXPORT void experts(const float *x, long T, long D, long F, const int64_t *chosen, const float *share, long top, long first, long E,
                     const void *fc, long fc_kind, const float *fc_scale, const float *fc_alpha, const void *proj,
                     long proj_kind, const float *proj_scale, const float *proj_alpha, float *y) {
@@ -308,6 +301,25 @@ EXPORT void experts(const float *x, long T, long D, long F, const int64_t *chose
         some_experts(x + t * D, least(BLOCK_TOKENS, T - t), D, F, chosen + t * top, share + t * top, top, first, E, up, value_of(fc_scale),
                      down, value_of(proj_scale), y + t * D);
     free(up);
+}
+
+struct add_job {
+    const float *x;
+    float *y;
+    long D;
+};
+
+static void add_row(const struct add_job *j, long t) {
+    const float *RESTRICT x = j->x + t * j->D;
+    float *RESTRICT y = j->y + t * j->D;
+    for (long d = 0; d < j->D; d++) y[d] += x[d];
+}
+
+PART_OF_ROWS(add)
+
+EXPORT void add(const float *x, float *y, long T, long D) {
+    struct add_job job = {x, y, D};
+    run_rows(add_part, &job, T, D);
 }
 
 /* ---- measuring ---- */

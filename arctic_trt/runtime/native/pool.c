@@ -122,7 +122,7 @@ void *scratch(int slot, long bytes) {
     static _Thread_local struct {
         void *memory;
         long bytes;
-    } kept[8];
+    } kept[SCRATCH_SLOTS];
     if (kept[slot].bytes < bytes) {
         free(kept[slot].memory);
         bytes = (bytes + 4095) / 4096 * 4096;

@@ -16,5 +16,6 @@ void run_parts(part_fn part, void *job, long units);
 /* How many threads share out a job. */
 long num_threads(void);
 
-/* Memory that stays with the calling thread: at least `bytes`, 64-byte aligned, content undefined. `slot` is 0 to 7. */
+/* Memory that stays with the calling thread: at least `bytes`, 64-byte aligned, content undefined. */
+#define SCRATCH_SLOTS 13
 void *scratch(int slot, long bytes);

@@ -1,0 +1,36 @@
+"""A layer in two calls gives the bits that its single operations give."""
+
+from __future__ import annotations
+
+import pytest
+
+from arctic_trt.runtime.layer import ComposedLayer, plan_shape
+from arctic_trt.runtime.native.kernels import NativeKernels
+from arctic_trt.runtime.native.layer import CLayer, NativeLayer
+from arctic_trt.runtime.network import Network
+from tests.runtime.conftest import Model
+from tests.runtime.test_network import RECIPES, logits_in_parts, make_worker
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", ["tiny", "unlike"])
+def test_two_calls_are_the_single_operations(shape: str, name: str, request: pytest.FixtureRequest) -> None:
+    model: Model = request.getfixturevalue(shape)
+    engine_dir = model.engine(name, **RECIPES[name])
+    whole, single = make_worker(engine_dir), make_worker(engine_dir)
+    assert all(isinstance(layer, NativeLayer) for layer in whole.network.layers)
+    compose(single.network)
+    tokens = model.prompts(40)[0]
+    for size in (40, 7, 1):
+        assert logits_in_parts(whole, tokens, size).equal(logits_in_parts(single, tokens, size)), f"in parts of {size}"
+
+
+def compose(network: Network) -> None:
+    shape = plan_shape(network.config, network.rank)
+    network.layers = [ComposedLayer(NativeKernels(1), weights, shape) for weights in network.weights.layers]
+
+
+def test_the_structure_has_the_size_that_the_compiler_gives_it() -> None:
+    """Pointers and longs of 8 bytes, a float at the end."""
+    pointers, projections, longs = 4, 7 * 6, 7
+    assert CLayer.eps.offset == 8 * (pointers + projections + longs)
