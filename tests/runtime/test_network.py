@@ -23,10 +23,10 @@ MAX_ERROR, MEAN_ERROR = 1e-4, 1e-5  # the interface allows 2e-2 and 3e-3; nothin
 RECIPES = {"fp8": {}, "kv_float": {"kv_cache_dtype": "none"}, "bf16": {"qformat": "full_prec"}}
 
 
-def make_worker(engine_dir: Path) -> Worker:
+def make_worker(engine_dir: Path, blocks: int = 16) -> Worker:
     config, mapping, quant = read_engine_config(engine_dir).network()
     worker = load_worker(engine_dir, config, quant, mapping.rank(0), SoloCommunicator())
-    worker.reserve(KvRoom(16, block_tokens=BLOCK))
+    worker.reserve(KvRoom(blocks, block_tokens=BLOCK))
     return worker
 
 

@@ -5,6 +5,8 @@
 #include "ops.h"
 #include "pool.h"
 
+static inline long least(long a, long b) { return a < b ? a : b; }
+
 /* As in layer.py. N rows and K columns are those of one expert. */
 struct projection {
     const void *data;
@@ -29,9 +31,12 @@ EXPORT void attention_part(const struct layer *l, const float *x, long T, const 
                            const int32_t *start, const int32_t *count, const int32_t *block, long C, long M, void *pages,
                            long pages_kind, long P, float *y) {
     long heads = l->heads, kv_heads = l->kv_heads, H = l->H, ld = (heads + 2 * kv_heads) * H;
-    float *normed = scratch(8, T * l->D * 4), *qkv = scratch(9, T * ld * 4), *out = scratch(10, T * heads * H * 4);
-    rms_norm(x, l->input_norm, normed, T, l->D, l->eps);
-    apply(&l->qkv, normed, T, qkv);
+    float *normed = scratch(8, least(T, BLOCK_TOKENS) * l->D * 4), *qkv = scratch(9, T * ld * 4), *out = scratch(10, T * heads * H * 4);
+    for (long t = 0; t < T; t += BLOCK_TOKENS) {
+        long tokens = least(BLOCK_TOKENS, T - t);
+        rms_norm(x + t * l->D, l->input_norm, normed, tokens, l->D, l->eps);
+        apply(&l->qkv, normed, tokens, qkv + t * ld);
+    }
     rotary(qkv, cos, sin, T, heads + kv_heads, ld, H);
     float *k = qkv + heads * H, *v = k + kv_heads * H;
     store_kv(k, v, pages, slot, T, kv_heads, P, H, ld, pages_kind, l->kv_scale);
@@ -39,8 +44,7 @@ EXPORT void attention_part(const struct layer *l, const float *x, long T, const 
     apply(&l->dense, out, T, y);
 }
 
-/* This rank's part y [T, D] of experts and residual MLP; x is the layer's input, sum the same with attention added. */
-EXPORT void mlp_part(const struct layer *l, const float *x, const float *sum, long T, float *y) {
+static void some_mlp(const struct layer *l, const float *x, const float *sum, long T, float *y) {
     const struct projection *fc = &l->expert_fc, *proj = &l->expert_proj, *up = &l->residual_fc, *down = &l->residual_proj;
     float *normed = scratch(8, T * l->D * 4), *residual = scratch(9, T * l->D * 4);
     int64_t *chosen = scratch(11, T * l->top * 8);
@@ -54,4 +58,10 @@ EXPORT void mlp_part(const struct layer *l, const float *x, const float *sum, lo
     gated_mlp(normed, T, l->D, down->K, up->data, up->kind, up->scale, up->alpha, down->data, down->kind, down->scale, down->alpha,
               residual);
     add(residual, y, T, l->D);
+}
+
+/* This rank's part y [T, D] of experts and residual MLP; x is the layer's input, sum the same with attention added. */
+EXPORT void mlp_part(const struct layer *l, const float *x, const float *sum, long T, float *y) {
+    for (long t = 0; t < T; t += BLOCK_TOKENS)
+        some_mlp(l, x + t * l->D, sum + t * l->D, least(BLOCK_TOKENS, T - t), y + t * l->D);
 }

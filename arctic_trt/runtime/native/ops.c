@@ -11,7 +11,6 @@
 #include "vec.h"
 
 #define UNIT_ROWS 32     /* rows of weights that a thread takes at a time, at least */
-#define BLOCK_TOKENS 512 /* tokens whose activations are prepared at a time, so that they stay in the cache */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long units_of(long rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS; }

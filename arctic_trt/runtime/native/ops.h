@@ -3,6 +3,7 @@
 #pragma once
 #include <stdint.h>
 
+#define BLOCK_TOKENS 512 /* whose activations are held at a time, so that they stay in the cache and take little memory */
 #define EXPORT __attribute__((visibility("default")))
 
 void rms_norm(const float *x, const float *weight, float *y, long T, long D, float eps);

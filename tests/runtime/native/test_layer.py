@@ -8,8 +8,9 @@ from arctic_trt.runtime.layer import ComposedLayer, plan_shape
 from arctic_trt.runtime.native.kernels import NativeKernels
 from arctic_trt.runtime.native.layer import CLayer, NativeLayer
 from arctic_trt.runtime.network import Network
+from arctic_trt.runtime.step import Step
 from tests.runtime.conftest import Model
-from tests.runtime.test_network import RECIPES, logits_in_parts, make_worker
+from tests.runtime.test_network import RECIPES, chunk, logits_in_parts, make_worker
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -23,6 +24,17 @@ def test_two_calls_are_the_single_operations(shape: str, name: str, request: pyt
     tokens = model.prompts(40)[0]
     for size in (40, 7, 1):
         assert logits_in_parts(whole, tokens, size).equal(logits_in_parts(single, tokens, size)), f"in parts of {size}"
+
+
+def test_more_tokens_than_are_held_at_a_time(tiny: Model) -> None:
+    """In two blocks of the C code; with chunks of several sequences across their border."""
+    engine_dir = tiny.engine("fp8")
+    whole, single = make_worker(engine_dir, blocks=100), make_worker(engine_dir, blocks=100)
+    compose(single.network)
+    prompts = tiny.prompts(*[240] * 3)
+    step = Step(chunks=tuple(chunk(prompt, 0, 240, index) for index, prompt in enumerate(prompts)))
+    expected, found = single.lead(step), whole.lead(step)
+    assert expected is not None and found is not None and len(found) == 720 and found.equal(expected)
 
 
 def compose(network: Network) -> None:
