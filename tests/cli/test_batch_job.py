@@ -18,9 +18,7 @@ from arctic_trt.output import Output
 from arctic_trt.runtime.jobs.job import Meter
 from tests.conftest import Finished
 from tests.support.batch_jobs import mixed_lines, read_results, write_lines
-from tests.support.engines import ROOT, build_engine, mpi_environ, mpirun, mpirun_command
-from tests.support.jobs import quantize
-from tests.support.small_tokenizer import write_tokenizer
+from tests.support.engines import ROOT, mpi_environ, mpirun, mpirun_command
 
 ArcticTrt = Callable[..., Finished]
 LINES = [
@@ -37,27 +35,11 @@ LINES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    work_dir = tmp_path_factory.mktemp("batch_job")
-
-    def engine(tp_size: int) -> Path:
-        directory = work_dir / f"engine{tp_size}"
-        if not directory.exists():
-            checkpoint = work_dir / f"checkpoint{tp_size}"
-            quantize(tiny_model, checkpoint, calib_dataset=str(tiny_samples), tp_size=tp_size)
-            write_tokenizer(checkpoint)
-            build_engine(checkpoint, directory)
-        return directory
-
-    return engine
-
-
 @pytest.fixture
-def words(engine: Callable[[int], Path], tmp_path: Path) -> list[object]:
+def words(engines: Callable[[int], Path], tmp_path: Path) -> list[object]:
     lines = write_lines(tmp_path / "in.jsonl", LINES)
     output = tmp_path / "out.jsonl"
-    return ["run", "--engine_dir", engine(1), "--input_file", lines, "--output_file", output, "--end_id", -1]
+    return ["run", "--engine_dir", engines(1), "--input_file", lines, "--output_file", output, "--end_id", -1]
 
 
 def test_a_job(words: list[object], arctic_trt: ArcticTrt, tmp_path: Path) -> None:
@@ -112,20 +94,20 @@ def test_flags_that_do_not_go_together(flags: list[str], complaint: str, words: 
     assert (done.code, done.out) == (2, "") and complaint in done.err and done.err.count("\n") == 1
 
 
-def test_flags_of_jobs_without_a_job(engine: Callable[[int], Path], arctic_trt: ArcticTrt) -> None:
-    words = ["run", "--engine_dir", engine(1), "--input_text", "a"]
+def test_flags_of_jobs_without_a_job(engines: Callable[[int], Path], arctic_trt: ArcticTrt) -> None:
+    words = ["run", "--engine_dir", engines(1), "--input_text", "a"]
     done = arctic_trt(*words)
     assert done.code == 2 and "--max_output_len is required" in done.err
     done = arctic_trt(*words, "--max_output_len", 1, "--shard", "0/2")
     assert done.code == 2 and "--shard is for batch jobs. Give --output_file" in done.err
-    done = arctic_trt("run", "--engine_dir", engine(1), "--output_file", "out.jsonl")
+    done = arctic_trt("run", "--engine_dir", engines(1), "--output_file", "out.jsonl")
     assert done.code == 2 and "--output_file needs an --input_file" in done.err
 
 
 def test_a_tensorrt_engine_is_refused(
-    words: list[object], arctic_trt: ArcticTrt, engine: Callable[[int], Path], tmp_path: Path
+    words: list[object], arctic_trt: ArcticTrt, engines: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    config = json.loads((engine(1) / "config.json").read_text())
+    config = json.loads((engines(1) / "config.json").read_text())
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "config.json").write_text(json.dumps({**config, "backend": "tensorrt_llm"}))
     done = arctic_trt(*words, "--engine_dir", tmp_path / "engine")
@@ -160,10 +142,10 @@ def test_on_a_terminal_one_line_is_redrawn(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.mpi
 def test_a_job_of_two_ranks_that_is_refused_ends_with_one_sentence(
-    words: list[object], engine: Callable[[int], Path], tmp_path: Path
+    words: list[object], engines: Callable[[int], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "out.jsonl").write_text("somebody's\n")
-    job = mpirun(2, "-m", "arctic_trt", *words, "--engine_dir", engine(2))
+    job = mpirun(2, "-m", "arctic_trt", *words, "--engine_dir", engines(2))
     assert (job.code, job.out) == (3, "")
     assert job.err.count("arctic-trt: error:") == 1 and "does not say which job's it is" in job.err
     assert (tmp_path / "out.jsonl").read_text() == "somebody's\n"
@@ -171,14 +153,14 @@ def test_a_job_of_two_ranks_that_is_refused_ends_with_one_sentence(
 
 @pytest.mark.mpi
 def test_two_ranks_that_are_interrupted_and_go_on_do_what_one_does(
-    words: list[object], engine: Callable[[int], Path], arctic_trt: ArcticTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[object], engines: Callable[[int], Path], arctic_trt: ArcticTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARCTIC_TRT_CPU_KERNELS", "portable")  # equal for any number of ranks, and slow enough to interrupt
     write_lines(tmp_path / "in.jsonl", [*LINES, *mixed_lines(295, 512)])
     words += ["--max_output_len", 2, "--json"]
     assert arctic_trt(*words).code == 0
     output = tmp_path / "together.jsonl"
-    words += ["--engine_dir", engine(2), "--output_file", output]
+    words += ["--engine_dir", engines(2), "--output_file", output]
     with subprocess.Popen(
         mpirun_command(2, "-m", "arctic_trt", *words), cwd=ROOT, env=mpi_environ(), stdout=subprocess.DEVNULL
     ) as job:

@@ -12,31 +12,14 @@ from PIL import Image
 
 from arctic_trt.report import measure
 from tests.conftest import Finished
-from tests.support.engines import build_engine, mpirun
+from tests.support.engines import mpirun
 from tests.support.fake_llm_server import fake_llm_server
-from tests.support.jobs import quantize
 from tests.support.small_tokenizer import write_tokenizer
 
 BATCH_KEYS = {
     *("num_prompts", "input_tokens", "output_tokens", "latency_s", "ttft_s"),
     *("prefill_tokens_per_s", "decode_tokens_per_s", "total_tokens_per_s"),
 }
-
-
-@pytest.fixture(scope="module")
-def engines(tiny_model: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    work_dir = tmp_path_factory.mktemp("bench")
-
-    def engine(tp_size: int) -> Path:
-        directory = work_dir / f"engine{tp_size}"
-        if not directory.exists():
-            checkpoint = work_dir / f"checkpoint{tp_size}"
-            quantize(tiny_model, checkpoint, calib_dataset=str(tiny_samples), tp_size=tp_size)
-            write_tokenizer(checkpoint)
-            build_engine(checkpoint, directory)
-        return directory
-
-    return engine
 
 
 @pytest.fixture(autouse=True)

@@ -12,25 +12,7 @@ import pytest
 
 from arctic_trt import launch
 from tests.conftest import Finished
-from tests.support.engines import build_engine, mpirun
-from tests.support.jobs import quantize
-from tests.support.small_tokenizer import write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def engines(tiny_model: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    work_dir = tmp_path_factory.mktemp("run")
-
-    def engine(tp_size: int) -> Path:
-        directory = work_dir / f"engine{tp_size}"
-        if not directory.exists():
-            checkpoint = work_dir / f"checkpoint{tp_size}"
-            quantize(tiny_model, checkpoint, calib_dataset=str(tiny_samples), tp_size=tp_size)
-            write_tokenizer(checkpoint)
-            build_engine(checkpoint, directory)
-        return directory
-
-    return engine
+from tests.support.engines import mpirun
 
 
 @pytest.fixture
