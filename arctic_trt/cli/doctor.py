@@ -98,6 +98,7 @@ def _machine(facts: Facts) -> list[tuple[str, str]]:
         *_gpus(facts),
         ("MPI", _mpi(facts)),
         ("Python", facts.python),
+        ("C compiler", facts.c_compiler or "none: the torch backend computes many times slower on CPUs"),
         ("installed", ", ".join(installed)),
     ]
     return [*rows, ("absent", ", ".join(absent))] if absent else rows

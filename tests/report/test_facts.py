@@ -283,11 +283,14 @@ def test_everything_is_gathered(programs: Callable[[str, str], Path], monkeypatc
     programs("nvidia-smi", ANSWERS)
     programs("mpirun", "echo 'mpirun (Open MPI) 5.0.11'")
     programs("tritonserver", "")
+    programs("cc", "")
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = gather(tmp_path)
     assert found.nvidia_smi and [gpu.sm for gpu in found.gpus] == [90, 90]
     assert (found.driver_cuda, found.links, found.fabric) == ("13.0", "NV18 between all 2", "Completed")
     assert found.mpi.version == "5.0.11" and found.tritonserver == str(tmp_path / "programs" / "tritonserver")
+    assert found.c_compiler == str(tmp_path / "programs" / "cc")
     assert tuple(found.packages) == PACKAGES and found.packages["torch"]
     assert found.disk.path == str(tmp_path) and found.cores >= 1
     assert 0 < found.memory_free_bytes <= found.memory_total_bytes

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +56,9 @@ class NotCompiledError(Exception):
 @cache
 def load() -> ctypes.CDLL:
     """The library, compiled unless this user's cache has it. Raises :class:`NotCompiledError` where that cannot be done."""
-    compiler = find_compiler()
+    compiler = find_compiler(os.environ)
+    if compiler is None:
+        raise NotCompiledError("no C compiler is installed: cc, gcc, clang, or the one that CC names")
     directory = cache_dir() / "kernels"
     path = directory / f"{_digest(compiler)}.so"
     try:
@@ -68,12 +70,9 @@ def load() -> ctypes.CDLL:
         raise NotCompiledError(f"{path} cannot be made or loaded: {error.strerror or error}") from None
 
 
-def find_compiler() -> str:
-    """Path of the C compiler; raises :class:`NotCompiledError` where there is none."""
-    found = next((path for path in map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")) if path), None)
-    if found is None:
-        raise NotCompiledError("no C compiler is installed: cc, gcc, clang, or the one that CC names")
-    return found
+def find_compiler(environ: Mapping[str, str]) -> str | None:
+    """Path of the C compiler: the one that ``CC`` names, else the first that is on ``PATH``."""
+    return next((path for path in map(shutil.which, (environ.get("CC", ""), "cc", "gcc", "clang")) if path), None)
 
 
 def _digest(compiler: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,9 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if build == "AVX2" and not (X86 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")):
         pytest.skip("this processor has no AVX2")
     path = tmp_path_factory.mktemp("library") / "kernels.so"
-    compile_library(find_compiler(), path, BUILDS[build])
+    compiler = find_compiler(os.environ)
+    assert compiler is not None
+    compile_library(compiler, path, BUILDS[build])
     return NativeKernels(threads, open_library(path))
 
 

@@ -40,7 +40,7 @@ def test_what_was_compiled_is_kept(cache: Path) -> None:
 
 
 def test_other_sources_or_another_processor_are_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = library.find_compiler()
+    compiler = library.find_compiler(os.environ) or ""
     digests = [library._digest(compiler), library._digest(compiler)]
     monkeypatch.setattr(library, "_processor", lambda: "another")
     digests.append(library._digest(compiler))
@@ -58,7 +58,8 @@ def _load_there(directory: str) -> int:
 def test_ranks_that_start_together_compile_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = tmp_path / "calls"
     compiler = script(
-        tmp_path / "counting", f'case "$*" in *-shared*) echo x >> {counter};; esac\nexec {library.find_compiler()} "$@"'
+        tmp_path / "counting",
+        f'case "$*" in *-shared*) echo x >> {counter};; esac\nexec {library.find_compiler(os.environ)} "$@"',
     )
     monkeypatch.setenv("CC", str(compiler))
     with multiprocessing.get_context("spawn").Pool(3) as pool:
@@ -89,7 +90,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_damaged_library(cache: Path) -> None:
     cache.mkdir(parents=True)
-    path = cache / f"{library._digest(library.find_compiler())}.so"
+    path = cache / f"{library._digest(library.find_compiler(os.environ) or '')}.so"
     path.write_bytes(b"not a library")
     with pytest.raises(NotCompiledError, match=path.name):
         load()
