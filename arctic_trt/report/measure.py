@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -28,7 +29,7 @@ GEMM_ROWS, GEMM_INNER, GEMM_COLUMNS = 512, 4096, 2048
 LEAST_STREAM_BYTES = 512 << 20
 CACHES = 4
 """What is read to measure memory is so many times larger than the last-level cache."""
-STREAM_ROUNDS = 3
+LEAST_PASSES = 3
 WRITE_SHARE, READ_SHARE, CAST_SHARE = 0.4, 0.3, 0.5
 """Of the time that is left when each begins; the matrix products take the rest."""
 
@@ -81,20 +82,27 @@ def measure_disk(directory: Path, deadline: float) -> tuple[float, float]:
 
 
 def measure_read_bandwidth(*, seconds: float = 0.9, threads: int | None = None) -> float:
-    """Bytes a second that ``threads`` cores (all of them, unless given) read from memory together: the best of three rounds.
+    """Bytes a second that ``threads`` cores (all of them, unless given) read from memory together: the median of some passes.
 
-    Each thread sums float32 numbers of its own, one after another; all threads' numbers together are at least four times the
-    last-level cache. Nothing is written.
+    In a pass each thread sums float32 numbers of its own, and all have to be done; their numbers together are at least four times
+    the last-level cache. Nothing is written.
     """
     import torch
 
     threads = threads or available_cores()
     floats = max(LEAST_STREAM_BYTES, CACHES * last_level_cache()) // (4 * threads)
-    before = torch.get_num_threads()
+    rates: list[float] = []
+    before, until = torch.get_num_threads(), time.perf_counter() + seconds
     try:
-        return max(_per_second(lambda: _read_work(floats), threads, seconds / STREAM_ROUNDS) for _ in range(STREAM_ROUNDS))
+        with ThreadPoolExecutor(threads, "measure", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            works = list(pool.map(lambda _: _read_work(floats), range(threads)))
+            while len(rates) < LEAST_PASSES or time.perf_counter() < until:
+                began = time.perf_counter()
+                done = sum(pool.map(lambda work: work(), works))
+                rates.append(done / (time.perf_counter() - began))
     finally:
         torch.set_num_threads(before)
+    return statistics.median(rates)
 
 
 def _write(fd: int, limit_bytes: int, seconds: float) -> float:

@@ -25,6 +25,8 @@ from arctic_trt.runtime.step import Step
 logger = logging.getLogger(__name__)
 
 CANCELLED = "cancelled"
+STEP_TOKENS = 1024
+"""Of a step, at most, unless more sequences decode: more would only take more memory, weights are not the bound any more."""
 
 Execute = Callable[[Step], Tensor | None]
 OnPiece = Callable[[int, str], None]
@@ -118,7 +120,11 @@ class Batcher:
     ) -> None:
         self._execute = execute
         self._room = room or room_for(limits)
-        self._scheduler = Scheduler(self._room, max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens)
+        self._scheduler = Scheduler(
+            self._room,
+            max_batch_size=limits.max_batch_size,
+            max_num_tokens=min(limits.max_num_tokens, max(STEP_TOKENS, limits.max_batch_size)),
+        )
         self._detokenizer = detokenizer
         self._listeners = listeners or Listeners()
         self._writers: dict[int, Writer] = {}
