@@ -17,7 +17,7 @@ from typing import Any
 from arctic_trt.machine import available_cores
 
 PR_SET_PDEATHSIG = 1
-PATIENCE_BEFORE_MPI_S = 4.0  # ranks start seconds apart on a busy machine
+PATIENCE_BEFORE_MPI_S = 10.0  # ranks start many seconds apart on a busy machine
 PATIENCE_S = 1.0
 RANK_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 SIZE_KEYS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
