@@ -18,7 +18,7 @@ ALLOWED = {
     "quantize": {"recipes", "checkpoint", "model", "launch", "machine"},
     "engine": {"recipes", "checkpoint", "model", "launch", "machine"},
     "runtime": {"recipes", "checkpoint", "model", "engine", "quantize.fp8", "launch", "machine"},
-    "triton": {"recipes", "checkpoint", "model", "engine", "runtime", "machine"},
+    "triton": {"recipes", "checkpoint", "model", "engine", "runtime", "launch", "machine"},
     "report": {
         *("recipes", "checkpoint", "model", "engine", "runtime", "quantize", "launch", "machine"),
         *("output.gigabytes", "output.duration"),
