@@ -22,7 +22,7 @@ from torch import Tensor
 from arctic_trt.runtime.kernels import Projection, Tables
 
 PAIR_SLOTS = 32
-"""Up to this many slots, each is a block of its own: sorting them would take longer than reading an expert twice from the cache."""
+"""Up to this many slots, each is a block of its own: to sort them would take longer than to read an expert twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class FusedOps(Protocol):
         """The likeliest ``top_k`` of all experts for each token of float32 ``x_TD``; those outside ``experts`` are not held."""
 
     def expert_gated(self, x: Tensor, routed: Routed, fc: Projection, proj: Projection) -> Tensor:
-        """Activation [T, in] to that of ``proj``, [S, F], where the *second* half goes through SiLU; rows not held are anything."""
+        """Activation [T, in] to that of ``proj``, [S, F]; the *second* half goes through SiLU. Rows not held are anything."""
 
     def expert_project(self, inner: Tensor, routed: Routed, proj: Projection) -> Tensor:
         """Activation [S, F] to float32 [S, D], times the slots' shares; rows not held are anything."""
@@ -87,8 +87,10 @@ class FusedOps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionRows:
-    """A step's tables, and how its queries are cut: block ``r`` has the tokens from ``offset_R`` on of chunk ``chunk_R``, ``tokens``
-    at most; ``first_C`` is the packed place of a chunk's first token. All int32. Positions are cut into ``splits`` parts.
+    """A step's tables, and how its queries are cut: block ``r`` has the tokens from ``offset_R`` on of chunk ``chunk_R``.
+
+    It has ``tokens`` at most; ``first_C`` is the packed place of a chunk's first token. All are int32. Positions are cut into
+    ``splits`` parts.
     """
 
     tables: Tables

@@ -184,7 +184,7 @@ def _launch(
 
 def _expert_block(slots: int, experts: int) -> int:
     """Rows of a block: about what an expert gets, within what tensor cores take."""
-    return min(128, max(SMALLEST, triton.next_power_of_2(slots // experts)))
+    return min(128, max(SMALLEST, int(triton.next_power_of_2(slots // experts))))
 
 
 def _blocks(routed: Routed) -> int:

@@ -19,7 +19,10 @@ from arctic_trt.runtime.kernels import Projection
 
 
 class TwinOps:
-    """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`."""
+    """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`; float32 ``queries`` are rounded nowhere, as on the CPU."""
+
+    def __init__(self, queries: torch.dtype = torch.bfloat16) -> None:
+        self._queries = queries
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()
@@ -62,7 +65,7 @@ class TwinOps:
         for place, x_TKH in enumerate((layer.apply_rotary(k, cos, sin), v)):
             codes = x_TKH.to(pages.dtype) if scale is None else _bytes(cast_e4m3(x_TKH, scale))
             stored[slot_T.long() // size, place, :, slot_T.long() % size] = codes
-        return layer.apply_rotary(q, cos, sin).bfloat16()
+        return layer.apply_rotary(q, cos, sin).to(self._queries)
 
     def attend(self, q_TNH: Tensor, pages: Tensor, rows: AttentionRows, scale: Tensor | None, reader: Projection) -> Tensor:
         outputs, tables = torch.empty(len(q_TNH), q_TNH[0].numel(), device=q_TNH.device), rows.tables

@@ -1,8 +1,8 @@
 """Attention over a paged cache, and what is stored into it.
 
 Keys and values are e4m3 codes, which bf16 represents exactly, or float32; their scale is taken out of the sums. A block of rows
-holds all query heads of one KV head for some tokens of one chunk. Parts of a long sequence are summed by programs of their own and
-merged afterwards.
+holds all query heads of one KV head for some tokens of one chunk. Parts of a long sequence are summed by programs of their own,
+and merged afterwards.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def attend_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One block of rows, one KV head and one part of the positions: unnormalised sums, the largest score and the sum of weights."""
+    """One block of rows, one KV head, a part of the positions: unnormalised sums, the largest score, the sum of weights."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     chunk, offset = tl.load(chunk_ptr + row), tl.load(offset_ptr + row)
     start, count = tl.load(start_ptr + chunk), tl.load(count_ptr + chunk)

@@ -39,7 +39,7 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``TOP_K`` is 0 for a dense product, otherwise the slots that read one row of x. ``GATED`` says which half goes through SiLU."""
+    """``TOP_K`` slots read one row of x; 0 is for a dense product. ``GATED`` says which half goes through SiLU."""
     block = tl.program_id(1)
     lane = tl.arange(0, BLOCK_M)
     weight_base = w_ptr

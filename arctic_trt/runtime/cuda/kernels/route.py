@@ -8,7 +8,15 @@ import triton.language as tl
 
 @triton.jit
 def route_kernel(
-    logits_ptr, expert_ptr, share_ptr, num_experts, first_held, held, TOP_K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    expert_ptr,
+    share_ptr,
+    num_experts,
+    first_held,
+    held,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One token: the ``TOP_K`` largest logits, whose softmax among themselves are the shares; ``PARTS`` sums make up a logit."""
     token, tokens = tl.program_id(0), tl.num_programs(0)
@@ -20,7 +28,7 @@ def route_kernel(
     largest = tl.max(logits, 0)
     total = 0.0
     left = logits
-    for k in tl.static_range(TOP_K):
+    for _ in tl.static_range(TOP_K):
         chosen = tl.argmax(left, 0)
         total += tl.exp(tl.max(left, 0) - largest)
         left = tl.where(e == chosen, float("-inf"), left)

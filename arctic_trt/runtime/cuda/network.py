@@ -1,0 +1,222 @@
+"""Arctic's forward pass on one rank and one GPU: a step in, float32 logits out on rank 0.
+
+Router and experts read the normed *input* of the layer, so they run on a stream of their own beside attention and residual MLP;
+their sums meet before the layer's second reduction. A step that takes one token of each sequence is one CUDA graph, recorded for
+some numbers of sequences, of which the next larger is taken.
+
+Legend: T tokens, D hidden, V vocab, W positions whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from arctic_trt.model.config import ArcticConfig
+from arctic_trt.model.layer import rotary_tables
+from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.ops import FusedOps, NormOutput
+from arctic_trt.runtime.cuda.staging import Layout, Staged, fill, plan_decode_layout, plan_layout, staged, staging_buffer
+from arctic_trt.runtime.kernels import Projection
+from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.layer import plan_shape
+from arctic_trt.runtime.step import Step
+from arctic_trt.runtime.weights import LayerWeights, RankWeights
+
+Held = TypeVar("Held", Tensor, Projection)
+EXACT_SUM_TOKENS = 64
+"""Up to this many tokens ranks add up float32; more are added in bf16, where the bytes are what takes time."""
+
+
+@dataclass(slots=True)
+class Recorded:
+    """A CUDA graph with the memory that it reads and writes; ``logits_WV`` on the last stage."""
+
+    graph: torch.cuda.CUDAGraph
+    array: Tensor
+    logits_WV: Tensor | None
+
+
+class CudaNetwork:
+    """One rank of an engine; :meth:`forward` is called on all ranks with the same step.
+
+    ``weights`` and ``cache`` lie on ``device``, whose cache has a block more than its room, for what is not kept. ``graphs`` are
+    the numbers of sequences for which decode steps are recorded, none without a GPU.
+    """
+
+    def __init__(
+        self,
+        config: ArcticConfig,
+        rank: Rank,
+        weights: RankWeights,
+        cache: KvCache,
+        comm: Communicator,
+        ops: FusedOps,
+        *,
+        device: torch.device,
+        max_seq_len: int,
+        graphs: Sequence[int] = (),
+    ) -> None:
+        self.config, self.rank, self.weights, self.cache, self.comm = config, rank, weights, cache, comm
+        self._ops, self._device, self._graphs = ops, device, sorted(graphs)
+        self._shape = plan_shape(config, rank)
+        self._max_seq_len = min(max_seq_len, config.max_position_embeddings)
+        tables = rotary_tables(torch.arange(self._max_seq_len), config.head_dim, config.rope_theta)
+        self._rotary = tables[0].to(device), tables[1].to(device)
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._recorded: dict[int, Recorded] = {}
+        self._host = staging_buffer(0, device)
+
+    def forward(self, step: Step) -> Tensor | None:
+        """Logits [W, V] on rank 0, None on the others; keys and values of the step's tokens stay in the cache."""
+        sequences = self._recorded_size(step)
+        if sequences is None:
+            layout = plan_layout(step, self._group, self._shape.kv_heads, self._width)
+            logits_WV = self._run(staged(self._stage(step, layout).to(self._device, non_blocking=True), layout), step.num_logits)
+        else:
+            logits_WV = self._replay(step, sequences)
+        return self._bring_to_rank_0(logits_WV, step.num_logits)
+
+    @property
+    def _group(self) -> int:
+        return self._shape.heads // self._shape.kv_heads
+
+    @property
+    def _width(self) -> int:
+        return self.cache.room.blocks_for(self._max_seq_len)
+
+    def _recorded_size(self, step: Step) -> int | None:
+        """For how many sequences a graph can take this step, None if none can."""
+        if step.num_tokens != len(step.chunks) or step.num_logits != len(step.chunks):
+            return None
+        return next((size for size in self._graphs if size >= len(step.chunks)), None)
+
+    def _stage(self, step: Step, layout: Layout) -> Tensor:
+        """The step in host memory. What was staged before must have been read: logits of every step are waited for."""
+        if len(self._host) < layout.size:
+            self._host = staging_buffer(layout.size, self._device)
+        part = self._host[: layout.size]
+        room = self.cache.room
+        fill(part.numpy(), layout, step, self.cache.tables, room.block_tokens, room.num_blocks * room.block_tokens)
+        return part
+
+    def _replay(self, step: Step, sequences: int) -> Tensor | None:
+        layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
+        host = self._stage(step, layout)
+        if sequences not in self._recorded:
+            self._recorded[sequences] = self._record(host, layout)
+        recorded = self._recorded[sequences]
+        recorded.array.copy_(host, non_blocking=True)
+        recorded.graph.replay()
+        return None if recorded.logits_WV is None else recorded.logits_WV[: step.num_logits]
+
+    def _record(self, host: Tensor, layout: Layout) -> Recorded:
+        array = host.to(self._device)
+        step = staged(array, layout)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # kernels are compiled and chosen before they are recorded
+            for _ in range(2):
+                self._run(step, layout.wanted)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits_WV = self._run(step, layout.wanted)
+        return Recorded(graph, array, logits_WV)
+
+    def _run(self, step: Staged, num_logits: int) -> Tensor | None:
+        """Everything between the step's integers and this stage's result; recorded as it is."""
+        x_TD = self._embed(step.token_T) if self.rank.is_first_stage else self._receive_hidden(len(step.token_T))
+        partial_TD: Tensor | None = None
+        for weights, pages in zip(self.weights.layers, self.cache.pages, strict=True):
+            x_TD, partial_TD = self._layer(x_TD, partial_TD, weights, pages, step)
+        if not self.rank.is_last_stage:
+            sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()
+            self.comm.send(sum_TD, self.rank.index + self.rank.mapping.tp_size)
+            return None
+        return self._logits(x_TD, partial_TD, step.wanted_W) if num_logits else None
+
+    def _embed(self, token_T: Tensor) -> Tensor:
+        """Each rank looks up the tokens of its rows and leaves zeros for the others."""
+        rows_VD = _there(self.weights.embedding)
+        local_T = token_T - self.rank.tp_rank * len(rows_VD)
+        mine_T = (local_T >= 0) & (local_T < len(rows_VD))
+        x_TD = rows_VD.index_select(0, local_T.where(mine_T, 0)).float() * mine_T[:, None]
+        self.comm.all_reduce(x_TD)
+        return x_TD
+
+    def _receive_hidden(self, tokens: int) -> Tensor:
+        return self.comm.receive((tokens, self.config.hidden_size), self.rank.index - self.rank.mapping.tp_size)
+
+    def _layer(
+        self, x_TD: Tensor, partial_TD: Tensor | None, weights: LayerWeights, pages: Tensor, step: Staged
+    ) -> tuple[Tensor, Tensor]:
+        """The post-attention sum, and what experts and residual MLP add to it, which the next layer's norm adds up."""
+        ops, eps = self._ops, self._shape.eps
+        reduced = torch.float32 if len(x_TD) <= EXACT_SUM_TOKENS else torch.bfloat16
+        outputs = [
+            NormOutput(weights.input_norm, weights.qkv),
+            NormOutput(weights.post_norm, weights.expert_fc),
+            NormOutput(weights.post_norm, None),
+        ]
+        x_TD, attention_in, experts_in, router_in = ops.norm(x_TD, partial_TD, outputs, eps)
+        with self._beside():
+            experts = range(self._shape.first_expert, self._shape.first_expert + len(weights.expert_fc.weight))
+            routed = ops.route(router_in, weights.router, self._shape.top_k, experts)
+            inner = ops.expert_gated(experts_in, routed, weights.expert_fc, weights.expert_proj)
+            slots_SD = ops.expert_project(inner, routed, weights.expert_proj)
+        qkv = ops.project(attention_in, weights.qkv, torch.float32)
+        q_TNH = ops.rotate_and_store(qkv, self._rotary, step.position_T, pages, step.slot_T, weights.kv_scale)
+        attended = ops.attend(q_TNH, pages, step.rows, weights.kv_scale, weights.dense)
+        attended_TD = ops.project(attended, weights.dense, reduced)
+        self.comm.all_reduce(attended_TD)
+        sum_TD, residual_in = ops.norm(x_TD, attended_TD, [NormOutput(weights.residual_norm, weights.residual_fc)], eps)
+        residual = ops.gated(residual_in, weights.residual_fc, weights.residual_proj)
+        residual_TD = ops.project(residual, weights.residual_proj, reduced)
+        self._meet()
+        added_TD = ops.combine(residual_TD, slots_SD, routed)
+        self.comm.all_reduce(added_TD)
+        return sum_TD, added_TD
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is launched within runs beside what is launched after it, until they :meth:`_meet`."""
+        if self._aside is None:
+            yield
+            return
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
+            yield
+
+    def _meet(self) -> None:
+        if self._aside is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._aside)
+
+    def _logits(self, x_TD: Tensor, partial_TD: Tensor | None, wanted_W: Tensor) -> Tensor:
+        norm, lm_head = _there(self.weights.final_norm), _there(self.weights.lm_head)
+        partial_WD = None if partial_TD is None else partial_TD.index_select(0, wanted_W)
+        outputs = [NormOutput(norm, lm_head)]
+        _, normed = self._ops.norm(x_TD.index_select(0, wanted_W), partial_WD, outputs, self.config.rms_norm_eps)
+        return self.comm.all_gather(self._ops.project(normed, lm_head, torch.float32))[:, : self.config.vocab_size]
+
+    def _bring_to_rank_0(self, logits_WV: Tensor | None, num_logits: int) -> Tensor | None:
+        mapping = self.rank.mapping
+        holder = (mapping.pp_size - 1) * mapping.tp_size
+        if holder and num_logits:
+            if self.rank.index == holder and logits_WV is not None:
+                self.comm.send(logits_WV, 0)
+            elif self.rank.index == 0:
+                return self.comm.receive((num_logits, self.config.vocab_size), holder)
+        return logits_WV if self.rank.index == 0 else None
+
+
+def _there(part: Held | None) -> Held:
+    if part is None:
+        raise RuntimeError("another pipeline stage has this part")
+    return part

@@ -1,0 +1,130 @@
+"""A step as integers in one array, which reaches the device in one copy, at places that a CUDA graph can rely on.
+
+Legend: T tokens, W positions whose logits are wanted, C chunks, R blocks of rows, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arctic_trt.runtime.cuda.ops import AttentionRows
+from arctic_trt.runtime.kernels import Tables
+from arctic_trt.runtime.step import Step
+
+Ints = npt.NDArray[np.int32]
+SPLIT_PROGRAMS = 256
+"""About as many programs as keep a GPU's processors busy: a step of few sequences cuts their positions into parts."""
+MAX_SPLITS = 16
+DECODE_ROWS, PREFILL_ROWS = 16, 64
+"""Query rows, tokens times heads, that a program of attention takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many integers of each kind a step has, and how its attention is cut."""
+
+    tokens: int
+    wanted: int
+    chunks: int
+    rows: int
+    width: int
+    row_tokens: int
+    splits: int
+
+    @property
+    def fields(self) -> list[tuple[str, int]]:
+        """Names and sizes in the order in which they lie."""
+        per_token = [(name, self.tokens) for name in ("token", "position", "slot")]
+        per_chunk = [(name, self.chunks) for name in ("start", "count", "first")]
+        per_row = [(name, self.rows) for name in ("chunk", "offset")]
+        return [*per_token, ("wanted", self.wanted), *per_chunk, *per_row, ("block", self.chunks * self.width)]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A step on the device: views of one array, all int32."""
+
+    token_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    wanted_W: Tensor
+    rows: AttentionRows
+
+
+def plan_layout(step: Step, group: int, kv_heads: int, width: int) -> Layout:
+    """The layout of a step as it is; ``group`` query heads share a KV head, sequences have ``width`` blocks at most."""
+    counts = [len(chunk.tokens) for chunk in step.chunks]
+    row_tokens = max(1, (DECODE_ROWS if max(counts) == 1 else PREFILL_ROWS) // group)
+    rows = sum(-(-count // row_tokens) for count in counts)
+    return Layout(step.num_tokens, step.num_logits, len(counts), rows, width, row_tokens, _splits(rows * kv_heads, width))
+
+
+def plan_decode_layout(sequences: int, group: int, kv_heads: int, width: int) -> Layout:
+    """The layout of a step that takes one token of each of ``sequences``, and wants the logits of each."""
+    row_tokens = max(1, DECODE_ROWS // group)
+    return Layout(sequences, sequences, sequences, sequences, width, row_tokens, _splits(sequences * kv_heads, width))
+
+
+def _splits(programs: int, width: int) -> int:
+    return max(1, min(MAX_SPLITS, SPLIT_PROGRAMS // programs, width))
+
+
+def fill(out: Ints, layout: Layout, step: Step, tables: Mapping[int, Sequence[int]], block_tokens: int, spare_slot: int) -> None:
+    """Write ``step`` into ``out`` [layout.size]; ``tables`` has the blocks of each sequence.
+
+    What the step has less than the layout is filled with chunks of no tokens, whose keys and values go to ``spare_slot``.
+    """
+    views = _views(out, layout)
+    count_C = np.array([len(chunk.tokens) for chunk in step.chunks], np.int32)
+    start_C = np.array([chunk.start for chunk in step.chunks], np.int32)
+    first_C = count_C.cumsum(dtype=np.int32) - count_C
+    out[:] = 0
+    views["slot"][:] = spare_slot
+    block_CM = views["block"].reshape(layout.chunks, layout.width)
+    for row, chunk in enumerate(step.chunks):
+        blocks = tables[chunk.sequence]
+        block_CM[row, : len(blocks)] = blocks
+    tokens, chunks = step.num_tokens, len(count_C)
+    chunk_T = np.repeat(np.arange(chunks), count_C)
+    position_T = np.arange(tokens) + (start_C - first_C)[chunk_T]
+    views["token"][:tokens] = [token for chunk in step.chunks for token in chunk.tokens]
+    views["position"][:tokens] = position_T
+    views["slot"][:tokens] = block_CM[chunk_T, position_T // block_tokens] * block_tokens + position_T % block_tokens
+    ends_C = zip(first_C, step.chunks, strict=True)
+    wanted = [np.arange(first + chunk.logits_from, first + len(chunk.tokens)) for first, chunk in ends_C]
+    views["wanted"][: step.num_logits] = np.concatenate(wanted)
+    views["start"][:chunks], views["count"][:chunks], views["first"][:chunks] = start_C, count_C, first_C
+    rows_C = -(-count_C // layout.row_tokens)
+    chunk_R = np.repeat(np.arange(chunks), rows_C)
+    rows = len(chunk_R)
+    views["chunk"][:rows] = chunk_R
+    views["offset"][:rows] = (np.arange(rows) - (rows_C.cumsum() - rows_C)[chunk_R]) * layout.row_tokens
+    views["chunk"][rows:] = np.minimum(np.arange(rows, layout.rows), layout.chunks - 1)
+
+
+def staged(array: Tensor, layout: Layout) -> Staged:
+    """The views of a step that lies in ``array``, int32 [layout.size] on the device."""
+    views = dict(zip((name for name, _ in layout.fields), array.split([size for _, size in layout.fields]), strict=True))
+    tables = Tables(views["start"], views["count"], views["block"].view(layout.chunks, layout.width))
+    rows = AttentionRows(tables, views["first"], views["chunk"], views["offset"], layout.row_tokens, layout.splits)
+    return Staged(views["token"], views["position"], views["slot"], views["wanted"], rows)
+
+
+def staging_buffer(size: int, device: torch.device) -> Tensor:
+    """Host memory from which a copy to ``device`` needs no other copy."""
+    return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def _views(out: Ints, layout: Layout) -> dict[str, Ints]:
+    ends = np.cumsum([size for _, size in layout.fields])
+    return dict(zip((name for name, _ in layout.fields), np.split(out[: layout.size], ends[:-1]), strict=True))
