@@ -66,5 +66,5 @@ def test_logits_are_the_cpus(shape: str, name: str, request: pytest.FixtureReque
         wanted, found = ours.lead(step), theirs.lead(step)
         assert wanted is not None and found is not None and found.shape == wanted.shape
         error_W = (found - wanted).abs().mean(-1)
-        assert error_W.median() <= 1e-4  # where no sum rounds to a neighbouring code, which then grows
+        assert error_W.median() <= 0.01  # activations of bf16 weights are bf16; now and then a code rounds to its neighbour
         assert error_W.mean() <= 0.05
