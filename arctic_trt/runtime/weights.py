@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from arctic_trt.errors import CheckpointError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.kernels import Kernels, Projection
+
+Take = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +64,29 @@ def load_rank(engine_dir: Path, config: ArcticConfig, rank: Rank, quant: QuantFo
         raise CheckpointError(f"{path} does not exist, so the engine is not complete.", REBUILD)
     file = MappedFile(path)
     check_specs(file, plan_engine_rank(config, rank, quant), REBUILD)
+    return rank_weights(lambda name: kernels.hold(file.read(name)), file.tensors.keys(), config, rank, quant)
+
+
+def rank_weights(take: Take, names: Collection[str], config: ArcticConfig, rank: Rank, quant: QuantFormat) -> RankWeights:
+    """``rank``'s weights, of what ``take`` gives for the tensors of a rank file, whose ``names`` are as planned."""
     first, last = rank.is_first_stage, rank.is_last_stage
     return RankWeights(
-        layers=[_load_layer(file, layer, quant, kernels) for layer in range(len(rank.layers(config.num_hidden_layers)))],
-        embedding=kernels.hold(file.read(ENGINE_EMBEDDING)) if first else None,
-        final_norm=file.read(ENGINE_FINAL_NORM).float() if last else None,
-        lm_head=Projection(kernels.hold(file.read(ENGINE_LM_HEAD))) if last else None,
+        layers=[_take_layer(take, names, layer, quant) for layer in range(len(rank.layers(config.num_hidden_layers)))],
+        embedding=take(ENGINE_EMBEDDING) if first else None,
+        final_norm=take(ENGINE_FINAL_NORM).float() if last else None,
+        lm_head=Projection(take(ENGINE_LM_HEAD)) if last else None,
     )
 
 
-def _load_layer(file: MappedFile, layer: int, quant: QuantFormat, kernels: Kernels) -> LayerWeights:
+def _take_layer(take: Take, names: Collection[str], layer: int, quant: QuantFormat) -> LayerWeights:
     def projection(name: str) -> Projection:
         full = layer_tensor(layer, name)
-        weight = kernels.hold(file.read(f"{full}.weight"))
-        if f"{full}.alpha" not in file.tensors:  # as planned: held to the plan before
+        weight = take(f"{full}.weight")
+        if f"{full}.alpha" not in names:
             return Projection(weight)
-        return Projection(weight, file.read(f"{full}.input_scale"), file.read(f"{full}.alpha"))
+        return Projection(weight, take(f"{full}.input_scale"), take(f"{full}.alpha"))
 
-    norms = {name: file.read(layer_tensor(layer, name)).float() for name in NORMS}
+    norms = {name: take(layer_tensor(layer, name)).float() for name in NORMS}
     return LayerWeights(
         **norms,
         qkv=projection("qkv"),
@@ -87,6 +95,6 @@ def _load_layer(file: MappedFile, layer: int, quant: QuantFormat, kernels: Kerne
         expert_proj=projection("expert_proj"),
         residual_fc=projection("residual_fc"),
         residual_proj=projection("residual_proj"),
-        router=file.read(layer_tensor(layer, ROUTER)),
-        kv_scale=file.read(layer_tensor(layer, KV_SCALE)) if quant.kv_fp8 else None,
+        router=take(layer_tensor(layer, ROUTER)),
+        kv_scale=take(layer_tensor(layer, KV_SCALE)) if quant.kv_fp8 else None,
     )

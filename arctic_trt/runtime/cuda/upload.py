@@ -1,6 +1,6 @@
-"""Weights from a mapped file to a GPU: through two buffers that the GPU reads from host memory by itself.
+"""Weights from a mapped file to a GPU: through two buffers from which the GPU fetches by itself.
 
-While one buffer is on its way to the device, the next part of the file is copied into the other, so that disk and bus work at once.
+While one is on its way to the device, the next part of the file is copied into the other: disk and bus work at once.
 """
 
 from __future__ import annotations

@@ -16,7 +16,10 @@ def test_what_arrives_is_what_was_sent(shape: tuple[int, ...], dtype: torch.dtyp
     tensor, told = torch.randn(shape).to(dtype), []
     held = Uploader(DEVICE, told.append, buffer_bytes=16).hold(tensor)
     assert (held.dtype, held.shape, held.device.type) == (dtype, tensor.shape, DEVICE.type)
-    assert torch.equal(held.cpu().view(torch.uint8), tensor.view(torch.uint8)) and held.data_ptr() != tensor.data_ptr()
+    assert (
+        torch.equal(held.cpu().reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        and held.data_ptr() != tensor.data_ptr()
+    )
     assert sum(told) == tensor.nbytes and max(told) <= 16
 
 

@@ -1,0 +1,145 @@
+"""One rank of an engine without a checkpoint: random weights made on the device, and steps as a server would ask for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arctic_trt.checkpoint.contract import QuantFormat
+from arctic_trt.checkpoint.tensors import TORCH_DTYPE
+from arctic_trt.engine.torch.format import plan_engine_rank
+from arctic_trt.model.config import ArcticConfig
+from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.blocks import KvRoom
+from arctic_trt.runtime.communicator import Ints
+from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.ops import FusedOps
+from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.step import Chunk, Step
+from arctic_trt.runtime.weights import rank_weights
+
+WEIGHT_CODES = 0x38
+"""Magnitudes of random e4m3 codes are below this one, which is 1: what is multiplied stays finite."""
+
+
+class LocalWork:
+    """A rank whose partners are not there: a sum over them reads and writes the same bytes, here."""
+
+    rank = 0
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def all_reduce(self, x: Tensor) -> None:
+        x.mul_(1.0)
+
+    def all_gather(self, x_TV: Tensor) -> Tensor:
+        return x_TV.repeat(1, self.world_size)
+
+    def send(self, x: Tensor, rank: int) -> None:
+        raise RuntimeError("a single stage has nobody to send to")
+
+    def receive(self, shape: tuple[int, ...], rank: int) -> Tensor:
+        raise RuntimeError("a single stage has nobody to receive from")
+
+    def broadcast(self, values: Ints | None) -> Ints:
+        raise RuntimeError("nobody listens")
+
+    def gather_all(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a step has to read at least, and the multiplications and additions of its matrix products."""
+
+    weights: int
+    kv_cache: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.kv_cache
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device) -> Tensor:
+    """Weights whose products neither vanish nor overflow; scales that undo their length."""
+    if dtype == torch.float8_e4m3fn:
+        codes = torch.empty(shape, dtype=torch.uint8, device=device)
+        for part in codes.view(-1).split(1 << 30):
+            part.random_(0, 256)
+            part.bitwise_and_(0x80 | (WEIGHT_CODES - 1))
+        return codes.view(dtype)
+    if name.endswith("alpha"):
+        return torch.full(shape, 1e-3, device=device)
+    if name.endswith(("scale", "scale_inverse")):
+        return torch.full(shape, 0.02, device=device)
+    if name.endswith("norm"):
+        return torch.ones(shape, dtype=dtype, device=device)
+    return (torch.randn(shape, device=device) / math.sqrt(shape[-1])).to(dtype)
+
+
+def make_network(
+    config: ArcticConfig, rank: Rank, ops: FusedOps, device: torch.device, *, room: KvRoom, max_seq_len: int, graphs: list[int]
+) -> CudaNetwork:
+    """``rank`` with random weights on ``device``, and room for keys and values."""
+    quant = QuantFormat(fp8=True, kv_fp8=True)
+    specs = {spec.name: spec for spec in plan_engine_rank(config, rank, quant)}
+
+    def take(name: str) -> Tensor:
+        return random_tensor(specs[name].shape, TORCH_DTYPE[specs[name].dtype], name, device)
+
+    weights = rank_weights(take, specs.keys(), config, rank, quant)
+    kv_heads = len(rank.kv_heads(config.num_key_value_heads))
+    cache = KvCache(
+        num_layers=len(weights.layers), kv_heads=kv_heads, head_dim=config.head_dim, fp8=True, device=device, spare_blocks=1
+    )
+    cache.reserve(room)
+    for pages in cache.pages:
+        pages.view(torch.uint8).random_(0, WEIGHT_CODES)
+    comm = LocalWork(rank.mapping.world_size)
+    return CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+
+
+def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size: int) -> tuple[Step, Step]:
+    """A step of ``tokens`` of each of ``sequences``, up to position ``context``, and the step that gives their blocks back."""
+    each = room.blocks_for(context)
+    ids = torch.randint(0, vocab_size, (sequences, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    chunks = tuple(
+        Chunk(
+            sequence=sequence,
+            start=context - tokens,
+            tokens=tuple(ids[sequence]),
+            blocks=tuple(range(sequence * each, (sequence + 1) * each)),
+            logits_from=tokens - 1,
+        )
+        for sequence in range(sequences)
+    )
+    return Step(chunks=chunks), Step(freed=tuple(range(sequences)))
+
+
+def traffic_of(config: ArcticConfig, rank: Rank, tokens: int, sequences: int, context: int) -> Traffic:
+    """What a step of ``tokens`` in all costs at least, if each token chooses its experts at random."""
+    quant = QuantFormat(fp8=True, kv_fp8=True)
+    held, top_k = len(rank.experts(config.num_local_experts)), config.num_experts_per_tok
+    touched = held * (1 - (1 - top_k / config.num_local_experts) ** tokens)
+    read, flops = 0.0, 0.0
+    for spec in plan_engine_rank(config, rank, quant):
+        if spec.name == "embedding":
+            continue
+        if spec.name.endswith(("expert_fc.weight", "expert_proj.weight")):
+            read += spec.num_bytes * touched / held
+            flops += 2 * math.prod(spec.shape[1:]) * tokens * top_k * held / config.num_local_experts
+            continue
+        read += spec.num_bytes
+        if spec.name.endswith(".weight"):
+            flops += 2 * math.prod(spec.shape) * tokens
+        elif spec.name == "lm_head":
+            flops += 2 * math.prod(spec.shape) * sequences
+    kv_heads = len(rank.kv_heads(config.num_key_value_heads))
+    layers = len(rank.layers(config.num_hidden_layers))
+    return Traffic(int(read), 2 * layers * kv_heads * config.head_dim * context * sequences, int(flops))
