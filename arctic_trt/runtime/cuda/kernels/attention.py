@@ -41,17 +41,17 @@ def rotate_and_store_kernel(
         cos, sin = tl.load(cos_ptr + table, mask=mask, other=0.0), tl.load(sin_ptr + table, mask=mask, other=0.0)
         left, right = left * cos - right * sin, right * cos + left * sin
     if head < HEADS:
-        out = q_ptr + (token * HEADS + head) * SIZE + lane
-        tl.store(out, left.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(out + SIZE // 2, right.to(q_ptr.dtype.element_ty), mask=mask)
+        q_at = q_ptr + (token * HEADS + head) * SIZE + lane
+        tl.store(q_at, left.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_at + SIZE // 2, right.to(q_ptr.dtype.element_ty), mask=mask)
     else:
         is_value = head >= HEADS + KV_HEADS
         kv_head = head - HEADS - tl.where(is_value, KV_HEADS, 0)
         slot = tl.load(slot_ptr + token).to(tl.int64)
         page = (slot // PAGE * 2 + tl.where(is_value, 1, 0)) * KV_HEADS + kv_head
-        out = pages_ptr + (page * PAGE + slot % PAGE) * SIZE + lane
-        store_activation(out, left, scale_ptr, mask, FP8)
-        store_activation(out + SIZE // 2, right, scale_ptr, mask, FP8)
+        page_at = pages_ptr + (page * PAGE + slot % PAGE) * SIZE + lane
+        store_activation(page_at, left, scale_ptr, mask, FP8)
+        store_activation(page_at + SIZE // 2, right, scale_ptr, mask, FP8)
 
 
 @triton.jit

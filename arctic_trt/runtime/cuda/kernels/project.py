@@ -87,4 +87,4 @@ def project_kernel(
 @triton.jit
 def _add_product(x, w, total):
     """Products of e4m3 or bf16 on the tensor cores, of float32 exactly; partial sums of e4m3 go to float32 every block."""
-    return tl.dot(x, tl.trans(w), total, input_precision="ieee", max_num_imprecise_acc=0)
+    return tl.dot(x, tl.trans(w), total, input_precision="ieee", max_num_imprecise_acc=128)
