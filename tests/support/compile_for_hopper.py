@@ -1,4 +1,4 @@
-"""Compile every kernel that a step of full-size Arctic launches for an H100, where there is none, and print what came out as JSON.
+"""Compile every kernel that a step of full-size Arctic launches, for an H100 and without one; print what came out as JSON.
 
 Run it as a program of its own: whether Triton interprets or compiles is decided when a kernel is defined.
 """
@@ -30,6 +30,9 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
