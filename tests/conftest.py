@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from tests.trtllm_standin.fixtures import trtllm_standin
 __all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conftest
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that first
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, and inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from tests.support.engines import ROOT
 
-pytest.importorskip("triton", reason="there is no Triton for this machine")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this machine")
 SHARED_LIMIT = 227 << 10
 """Bytes of shared memory that a program can have on an H100."""
 
