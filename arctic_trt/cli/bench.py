@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, FILE, join_job, output_options
+from arctic_trt.cli.options import DIRECTORY, FILE, device_option, join_job, output_options
 from arctic_trt.output import Output
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "-tp", "--tensor_parallel", type=POSITIVE, metavar="N", help="What the CSV says of a server; an engine knows."
             ),
+            device_option,
             click.option("--csv", "csv_file", type=FILE, help="Write the tutorial's columns."),
             click.option("--plot", type=FILE, help="Draw throughput against latency, .png or .svg."),
             output_options,

@@ -112,3 +112,14 @@ def join_job(output: Output) -> Launch | None:
 def config_option(command: Command) -> Command:
     """Add ``--config RECIPE.yaml``."""
     return click.option("--config", type=FILE, help="YAML file whose keys are this command's flags; flags win over it.")(command)
+
+
+def device_option(command: Command) -> Command:
+    """Add ``--device``."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Torch engines: where to compute; auto takes a GPU a rank where there are as many.",
+    )(command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, FILE, SectionedCommand, Several, output_options
+from arctic_trt.cli.options import DIRECTORY, FILE, SectionedCommand, Several, device_option, output_options
 from arctic_trt.errors import UsageError
 from arctic_trt.output import Output, duration
 
@@ -95,6 +95,7 @@ SAMPLING = {
 @click.option("--logprobs", type=int, metavar="K", help="With --json: log probabilities of tokens and of the K likeliest.")
 @click.option("--chat", is_flag=True, help="Take prompts as a user's message under the chat template.")
 @click.option("--streaming", is_flag=True, help="Print text as it comes.")
+@device_option
 @click.option(
     "--kv_cache_memory",
     metavar="SIZE",

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from arctic_trt.engine.config import TORCH, EngineConfig
 from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
-from arctic_trt.errors import ArcticTrtError
+from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.launch import find_launch
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator, agreement
 from arctic_trt.runtime.detokenizer import Detokenizer
-from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, plan_room
+from arctic_trt.runtime.device import AUTO, CPU, CUDA, find_device, find_place
+from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, free_on_gpu, free_on_host, plan_room
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
 from arctic_trt.runtime.worker import Worker, load_worker
@@ -61,16 +64,26 @@ class Backend(Protocol):
 class TorchBackend:
     """The portable engine."""
 
-    def __init__(self, engine_dir: Path, engine: EngineConfig, comm: Communicator, budget: KvBudget) -> None:
+    def __init__(self, engine_dir: Path, engine: EngineConfig, comm: Communicator, budget: KvBudget, device: str) -> None:
         self._engine_dir = engine_dir
         self._engine = engine
         self._comm = comm
         self._budget = budget
+        self._asked = device
+        self._device = torch.device("cpu")
+        self._place = find_place(comm)
         self._worker: Worker | None = None
 
     def check(self) -> None:
         config, mapping, quant = self._engine.network()
-        self._worker = load_worker(self._engine_dir, config, quant, mapping.rank(self._comm.rank), self._comm)
+        rank = mapping.rank(self._comm.rank)
+        self._device = find_device(self._asked, *self._place)
+        if self._device.type == CUDA:
+            from arctic_trt.runtime.cuda.worker import load_cuda_worker
+
+            self._worker = load_cuda_worker(self._engine_dir, self._engine, rank, self._comm, self._device)
+        else:
+            self._worker = load_worker(self._engine_dir, config, quant, rank, self._comm)
 
     def load(self, requests: Sequence[Request] | None) -> None:
         """Make room for the KV cache, as much as the rank has that can give least: checking a rank was reading it.
@@ -78,7 +91,8 @@ class TorchBackend:
         Raises :class:`UsageError` when that is too little for one of the ``requests``.
         """
         block_bytes, limits = self.worker.block_bytes, self._engine.build_config
-        found = self._comm.gather_all(plan_room(self._budget, limits, block_bytes, _local_ranks(self._comm)).num_blocks)
+        self._connect_devices()
+        found = self._comm.gather_all(plan_room(self._budget, limits, block_bytes, self._free_memory).num_blocks)
         room = KvRoom(min(found))
         with agreement(self._comm):
             check_room(room, block_bytes)
@@ -89,6 +103,17 @@ class TorchBackend:
             "The KV cache has room for %d tokens, in blocks of %d; %.1f MB a rank when full.",
             *(room.num_tokens, room.block_tokens, room.num_blocks * block_bytes / 1e6),
         )
+
+    def _connect_devices(self) -> None:
+        """Where each rank has a GPU, tensors go from one to the other."""
+        if self._device.type == CUDA and self._comm.world_size > 1:
+            from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
+
+            self.worker.network.comm = DeviceCommunicator(self._comm, self._engine.network()[1], self._device)
+
+    def _free_memory(self) -> int | None:
+        """Bytes that this rank may take for its cache, None where the system does not say."""
+        return free_on_gpu(self._device) if self._device.type == CUDA else free_on_host(_local_ranks(self._comm))
 
     @property
     def worker(self) -> Worker:
@@ -181,13 +206,19 @@ def make_backend(
     *,
     kv_cache_memory: int | None,
     prompt_logits: bool,
+    device: str = AUTO,
 ) -> Backend:
-    """The backend that ``engine_dir`` was built for. ``kv_cache_memory`` is in bytes a rank, and the torch backend's alone."""
+    """The backend that ``engine_dir`` was built for. ``kv_cache_memory``, in bytes a rank, is the torch backend's alone.
+
+    Raises :class:`UsageError` for an engine of TensorRT-LLM that is asked to run on the CPU.
+    """
     if engine.backend == TORCH:
         if comm.rank == 0:
             _say_what_has_no_effect(options)
         budget = KvBudget(memory_bytes=kv_cache_memory, max_tokens=options.max_tokens_in_paged_kv_cache)
-        return TorchBackend(engine_dir, engine, comm, budget)
+        return TorchBackend(engine_dir, engine, comm, budget, device)
+    if device == CPU:
+        raise UsageError("--device cpu: engines of TensorRT-LLM run on GPUs alone.", "Build one with --backend torch.")
     if kv_cache_memory is not None and comm.rank == 0:
         logger.warning("--kv_cache_memory: without effect, TensorRT-LLM has --kv_cache_free_gpu_memory_fraction.")
     return TrtLlmBackend(engine_dir, engine, comm, options, prompt_logits=prompt_logits)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 
 from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.runtime.communicator import Communicator
 
 AUTO, CPU, CUDA = CHOICES = ("auto", "cpu", "cuda")
 CAPABILITY = (8, 9)
@@ -38,6 +41,13 @@ def _what_is_missing(gpus: int, capability: tuple[int, int] | None, local_ranks:
         found, needed = (".".join(map(str, each)) for each in (capability, CAPABILITY))
         return f"the GPUs have compute capability {found}, FP8 needs {needed}"
     return None
+
+
+def find_place(comm: Communicator) -> tuple[int, int]:
+    """Which of its host's ranks this one is, and how many there are; all ranks ask together."""
+    here = socket.gethostname()
+    hosts = comm.gather_all(here)
+    return hosts[: comm.rank].count(here), hosts.count(here)
 
 
 def find_device(asked: str, local_rank: int, local_ranks: int) -> torch.device:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import RefusedError, UsageError
@@ -13,6 +16,8 @@ from arctic_trt.runtime.requests import Request
 
 FREE_SHARE = 0.5
 """Of the memory that is free once the weights are loaded, for the caches of all ranks of a host together."""
+GPU_SHARE = 0.85
+"""Of what is free on a GPU once it has the weights; a step's own memory comes out of the rest."""
 MORE_ROOM = "Give it more with --kv_cache_memory or --max_tokens_in_paged_kv_cache"
 
 logger = logging.getLogger(__name__)
@@ -31,18 +36,18 @@ def room_for(limits: BuildConfig) -> KvRoom:
     return KvRoom(min(limits.max_batch_size, limits.max_num_tokens) * KvRoom(0).blocks_for(limits.max_seq_len))
 
 
-def plan_room(budget: KvBudget, limits: BuildConfig, block_bytes: int, local_ranks: int) -> KvRoom:
-    """What one of ``local_ranks`` ranks of this host can give, ``block_bytes`` a block.
+def plan_room(budget: KvBudget, limits: BuildConfig, block_bytes: int, free: Callable[[], int | None]) -> KvRoom:
+    """What a rank can give, of which the cache may take the ``free`` bytes, None if nobody knows; ``block_bytes`` a block.
 
     Memory or tokens that were asked for are an upper bound each. Unless tokens or memory were asked for, more than
-    :func:`room_for` is not needed; unless memory was, :data:`FREE_SHARE` is kept to.
+    :func:`room_for` is not needed; unless memory was, ``free`` is asked and kept to.
     """
     bounds = []
     if budget.max_tokens is not None:
         bounds.append(budget.max_tokens // BLOCK_TOKENS)
     elif budget.memory_bytes is None:
         bounds.append(room_for(limits).num_blocks)
-    memory = _free_share(local_ranks) if budget.memory_bytes is None else budget.memory_bytes
+    memory = free() if budget.memory_bytes is None else budget.memory_bytes
     if memory is not None:
         bounds.append(memory // block_bytes)
     return KvRoom(max(0, min(bounds)))
@@ -67,7 +72,13 @@ def check_fits(request: Request, room: KvRoom) -> None:
         )
 
 
-def _free_share(local_ranks: int) -> int | None:
+def free_on_gpu(device: torch.device) -> int:
+    """What the cache of a rank may take of its GPU: :data:`GPU_SHARE` of what is free."""
+    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def free_on_host(local_ranks: int) -> int | None:
+    """What the cache of one of a host's ranks may take of its memory, None with a warning where that is not known."""
     try:
         return int(FREE_SHARE * available_memory() / local_ranks)
     except RefusedError as error:

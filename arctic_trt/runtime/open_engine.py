@@ -17,6 +17,7 @@ from arctic_trt.runtime.backends import TorchBackend, Work
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
 from arctic_trt.runtime.communicator import Communicator, agreement, check_world, connect
 from arctic_trt.runtime.detokenizer import Detokenizer
+from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.kv_budget import KvBudget
 from arctic_trt.runtime.outputs import NO_END_ID
 from arctic_trt.runtime.requests import Request
@@ -92,11 +93,11 @@ def check_engine(engine_dir: Path) -> EngineConfig:
     return engine
 
 
-def open_engine(engine_dir: Path, budget: KvBudget | None = None) -> OpenEngine:
+def open_engine(engine_dir: Path, budget: KvBudget | None = None, device: str = AUTO) -> OpenEngine:
     """Open an engine, on all its ranks together; all raise together, as :func:`check_engine` does or for a broken file."""
     engine = check_engine(engine_dir)
     comm = connect(engine.network()[1])
-    backend = TorchBackend(engine_dir, engine, comm, budget or KvBudget())
+    backend = TorchBackend(engine_dir, engine, comm, budget or KvBudget(), device)
     with agreement(comm):
         backend.check()
     backend.load(None)

@@ -24,6 +24,7 @@ from arctic_trt.runtime.batcher import Completion, Listeners, OnPiece
 from arctic_trt.runtime.chooser import TokenLogprobs
 from arctic_trt.runtime.communicator import agreement, connect
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
+from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
 from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy
 from arctic_trt.runtime.requests import Request, find_end_ids, plan_requests, word_ids
@@ -51,6 +52,7 @@ class RunOptions:
     streaming: bool = False
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     kv_cache_memory: int | None = None
+    device: str = AUTO
     output_npy: Path | None = None
     output_csv: Path | None = None
     output_logits_npy: Path | None = None
@@ -128,6 +130,7 @@ def run(options: RunOptions, on_piece: OnPiece = lambda index, piece: None) -> R
         options.runtime,
         kv_cache_memory=options.kv_cache_memory,
         prompt_logits=logits_asked,
+        device=options.device,
     )
     with agreement(comm):
         job = _plan(options, engine, config.vocab_size) if comm.rank == 0 else None

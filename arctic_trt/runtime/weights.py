@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,9 +26,16 @@ from arctic_trt.engine.torch.format import (
 from arctic_trt.errors import CheckpointError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
-from arctic_trt.runtime.kernels import Kernels, Projection
+from arctic_trt.runtime.kernels import Projection
 
 Take = Callable[[str], Tensor]
+
+
+class Holder(Protocol):
+    """What brings tensors to where they are multiplied; kernels do."""
+
+    def hold(self, weight: Tensor) -> Tensor:
+        """A tensor of the file (e4m3, bf16 or float32) as its device has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +65,7 @@ class RankWeights:
     lm_head: Projection | None
 
 
-def load_rank(engine_dir: Path, config: ArcticConfig, rank: Rank, quant: QuantFormat, kernels: Kernels) -> RankWeights:
+def load_rank(engine_dir: Path, config: ArcticConfig, rank: Rank, quant: QuantFormat, kernels: Holder) -> RankWeights:
     """Read ``rank``'s file; raises :class:`CheckpointError` when it is absent, truncated or not of this engine."""
     path = engine_dir / rank_file(rank.index)
     if not path.exists():

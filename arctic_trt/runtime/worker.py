@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +22,21 @@ from arctic_trt.runtime.step import END, Step, decode_step, encode_step
 from arctic_trt.runtime.weights import load_rank
 
 
+class Forward(Protocol):
+    """A rank's network on its device."""
+
+    cache: KvCache
+    comm: Communicator
+
+    def forward(self, step: Step) -> Tensor | None:
+        """Logits [W, V] on rank 0, None on the others."""
+
+
 class Worker:
     """A rank's network and cache behind a single verb, :meth:`execute`."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Forward) -> None:
         self.network = network
-        self._comm = network.comm
         self._cache = network.cache
 
     @property
@@ -44,25 +54,26 @@ class Worker:
         self._cache.reserve(room)
 
     def execute(self, step: Step) -> Tensor | None:
-        """Free, assign blocks, compute; returns the wanted logits [W, V] on rank 0."""
+        """Free, assign blocks, compute; returns the wanted logits [W, V] on rank 0, in host memory."""
         self._cache.assign(step)
-        return self.network.forward(step) if step.chunks else None
+        logits_WV = self.network.forward(step) if step.chunks else None
+        return None if logits_WV is None else logits_WV.cpu()
 
     @torch.inference_mode()
     def lead(self, step: Step) -> Tensor | None:
         """On rank 0: have all ranks execute ``step``."""
-        self._comm.broadcast(encode_step(step))
+        self.network.comm.broadcast(encode_step(step))
         return self.execute(step)
 
     def dismiss(self) -> None:
         """On rank 0: end :meth:`follow` on the others, and forget all sequences; more work may come."""
-        self._comm.broadcast(encode_step(END))
+        self.network.comm.broadcast(encode_step(END))
         self._cache.clear()
 
     @torch.inference_mode()
     def follow(self) -> None:
         """On all other ranks: execute what rank 0 says until it dismisses them."""
-        while (step := decode_step(self._comm.broadcast(None))) != END:
+        while (step := decode_step(self.network.comm.broadcast(None))) != END:
             self.execute(step)
         self._cache.clear()
 

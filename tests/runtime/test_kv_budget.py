@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime import kv_budget
 from arctic_trt.runtime.blocks import KvRoom
-from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, plan_room, room_for
+from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, free_on_host, plan_room, room_for
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
 
@@ -47,7 +48,7 @@ def test_room_for_the_longest_sequences_that_an_engine_takes_at_once() -> None:
     ],
 )
 def test_room(budget: KvBudget, block_bytes: int, local_ranks: int, blocks: int) -> None:
-    assert plan_room(budget, LIMITS, block_bytes, local_ranks) == KvRoom(blocks)
+    assert plan_room(budget, LIMITS, block_bytes, partial(free_on_host, local_ranks)) == KvRoom(blocks)
 
 
 def test_where_free_memory_is_unknown_the_limits_decide_and_a_warning_says_so(
@@ -57,11 +58,11 @@ def test_where_free_memory_is_unknown_the_limits_decide_and_a_warning_says_so(
         raise RefusedError("Nobody knows.")
 
     monkeypatch.setattr(kv_budget, "available_memory", unknown)
-    assert plan_room(KvBudget(), LIMITS, 100_000, 1) == KvRoom(32)
+    assert plan_room(KvBudget(), LIMITS, 100_000, partial(free_on_host, 1)) == KvRoom(32)
     assert "Nobody knows. The KV cache may grow" in caplog.text and "--kv_cache_memory" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert plan_room(KvBudget(memory_bytes=500), LIMITS, 100, 1) == KvRoom(5)
+        assert plan_room(KvBudget(memory_bytes=500), LIMITS, 100, partial(free_on_host, 1)) == KvRoom(5)
     assert not caplog.text
 
 

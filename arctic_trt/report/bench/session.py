@@ -22,6 +22,7 @@ from arctic_trt.report.bench.run import Memory, Round
 from arctic_trt.report.bench.target import EngineTarget, ServerTarget, Target
 from arctic_trt.report.bench.workload import FilePrompts, RandomPrompts, SpelledPrompts, Workload, words_of
 from arctic_trt.report.measure import measure_read_bandwidth
+from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.inputs import read_prompts
 from arctic_trt.runtime.open_engine import check_engine, open_engine
 from arctic_trt.runtime.requests import check_vocabulary
@@ -47,6 +48,7 @@ class BenchOptions:
     seed: int = 0
     framework: str | None = None
     tensor_parallel: int | None = None
+    device: str = AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ class Session:
         if options.tensor_parallel not in (None, mapping.tp_size):
             raise UsageError(f"-tp {options.tensor_parallel} is not the engine's tp_size {mapping.tp_size}.", "Leave it out.")
         self._check_prompts(rounds, self._engine)
-        engine = open_engine(options.engine_dir)
+        engine = open_engine(options.engine_dir, device=options.device)
         if not is_leader():
             engine.follow()
             yield None

@@ -14,6 +14,7 @@ from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.launch import is_leader
 from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
+from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.jobs.input_file import InputScan, Shard, read_lines, scan_input
 from arctic_trt.runtime.jobs.lines import DUPLICATE, INVALID_REQUEST, Line, LineError, custom_id_of, decode_line, parse_line
 from arctic_trt.runtime.jobs.logprobs import names_of
@@ -57,6 +58,7 @@ class JobOptions:
     bad_words: tuple[str, ...] = ()
     chat: bool = False
     kv_budget: KvBudget = field(default_factory=KvBudget)
+    device: str = AUTO
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,11 +141,11 @@ def run_job(options: JobOptions, on_progress: OnProgress = lambda meter: None) -
     """
     world_size = check_engine(options.engine_dir).network()[1].world_size
     if not is_leader():
-        open_engine(options.engine_dir, options.kv_budget).follow()
+        open_engine(options.engine_dir, options.kv_budget, options.device).follow()
         return None
     with ExitStack() as stack:
         job = _prepare(options, stack)
-        engine = open_engine(options.engine_dir, options.kv_budget)
+        engine = open_engine(options.engine_dir, options.kv_budget, options.device)
         job.run(engine, on_progress)
         engine.close()
     return JobResult(

@@ -15,21 +15,9 @@ from arctic_trt.runtime.cuda.kernels.common import store_activation
 
 @triton.jit
 def rotate_and_store_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    pages_ptr,
-    slot_ptr,
-    scale_ptr,
-    q_ptr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    PAGE: tl.constexpr,
-    FP8: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    qkv_ptr, cos_ptr, sin_ptr, position_ptr, pages_ptr, slot_ptr, scale_ptr, q_ptr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """One head of one token, by the two halves that a rotation mixes."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, HALF)
@@ -56,33 +44,11 @@ def rotate_and_store_kernel(
 
 @triton.jit
 def attend_kernel(
-    q_ptr,
-    pages_ptr,
-    scale_ptr,
-    start_ptr,
-    count_ptr,
-    first_ptr,
-    block_ptr,
-    chunk_ptr,
-    offset_ptr,
-    sums_ptr,
-    largest_ptr,
-    total_ptr,
-    tokens,
-    width,
-    softmax_scale,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    PAGE: tl.constexpr,
-    FP8: tl.constexpr,
-    ROW_TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    q_ptr, pages_ptr, scale_ptr, start_ptr, count_ptr, first_ptr, block_ptr, chunk_ptr, offset_ptr, sums_ptr,
+    largest_ptr, total_ptr, tokens, width, softmax_scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, ROW_TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """One block of rows, one KV head, a part of the positions: unnormalised sums, the largest score, the sum of weights."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     chunk, offset = tl.load(chunk_ptr + row), tl.load(offset_ptr + row)
@@ -127,18 +93,9 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    sums_ptr,
-    largest_ptr,
-    total_ptr,
-    out_scale_ptr,
-    y_ptr,
-    tokens,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FP8_OUT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    sums_ptr, largest_ptr, total_ptr, out_scale_ptr, y_ptr, tokens, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    SPLITS: tl.constexpr, FP8_OUT: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """One head of one token: the parts of its sums, brought to one largest score."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h = tl.arange(0, BLOCK_H)

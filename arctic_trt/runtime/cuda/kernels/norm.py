@@ -10,27 +10,10 @@ from arctic_trt.runtime.cuda.kernels.common import store_activation
 
 @triton.jit
 def norm_kernel(
-    x_ptr,
-    partial_ptr,
-    sum_ptr,
-    weight_0,
-    scale_0,
-    out_0,
-    weight_1,
-    scale_1,
-    out_1,
-    weight_2,
-    scale_2,
-    out_2,
-    hidden,
-    eps,
-    ADD: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    FP8_0: tl.constexpr,
-    FP8_1: tl.constexpr,
-    FP8_2: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, partial_ptr, sum_ptr, weight_0, scale_0, out_0, weight_1, scale_1, out_1, weight_2, scale_2, out_2,
+    hidden, eps, ADD: tl.constexpr, OUTPUTS: tl.constexpr, FP8_0: tl.constexpr, FP8_1: tl.constexpr,
+    FP8_2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row: ``sum = x + partial``, then up to three normed copies of it."""
     row = tl.program_id(0).to(tl.int64) * hidden
     column = tl.arange(0, BLOCK)

@@ -18,27 +18,10 @@ SECOND_HALF = tl.constexpr(2)
 
 @triton.jit
 def project_kernel(
-    x_ptr,
-    w_ptr,
-    alpha_ptr,
-    y_ptr,
-    out_scale_ptr,
-    slot_ptr,
-    expert_ptr,
-    share_ptr,
-    rows,
-    columns,
-    length,
-    TOP_K: tl.constexpr,
-    SORTED: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_SHARE: tl.constexpr,
-    FP8_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, w_ptr, alpha_ptr, y_ptr, out_scale_ptr, slot_ptr, expert_ptr, share_ptr, rows, columns, length,
+    TOP_K: tl.constexpr, SORTED: tl.constexpr, GATED: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_SHARE: tl.constexpr,
+    FP8_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """``TOP_K`` slots read one row of x; 0 is for a dense product. ``GATED`` says which half goes through SiLU."""
     block = tl.program_id(1)
     lane = tl.arange(0, BLOCK_M)

@@ -8,16 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def route_kernel(
-    logits_ptr,
-    expert_ptr,
-    share_ptr,
-    num_experts,
-    first_held,
-    held,
-    TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
+    logits_ptr, expert_ptr, share_ptr, num_experts, first_held, held, TOP_K: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One token: the ``TOP_K`` largest logits, whose softmax among themselves are the shares; ``PARTS`` sums make up a logit."""
     token, tokens = tl.program_id(0), tl.num_programs(0)
     e = tl.arange(0, BLOCK)

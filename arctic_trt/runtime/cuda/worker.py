@@ -1,0 +1,89 @@
+"""One rank at work on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arctic_trt.engine.config import EngineConfig
+from arctic_trt.errors import RefusedError
+from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.upload import Uploader
+from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.weights import load_rank
+from arctic_trt.runtime.worker import Worker
+
+REPORT_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: Communicator, device: torch.device) -> Worker:
+    """Bring the rank's weights to its GPU.
+
+    Raises :class:`CheckpointError` for an engine file that is not there or not right, :class:`RefusedError` for a GPU into which
+    they do not fit, or without Triton.
+    """
+    try:
+        from arctic_trt.runtime.cuda.triton_ops import TritonOps
+    except ImportError as error:
+        raise RefusedError(f"--device cuda needs Triton, which cannot be imported ({error}).", "pip install triton") from None
+    config, _, quant = engine.network()
+    uploader = _Progress(device)
+    try:
+        weights = load_rank(engine_dir, config, rank, quant, uploader)
+    except torch.cuda.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info(device)
+        raise RefusedError(
+            f"The weights of rank {rank.index} do not fit into GPU {device.index}, of whose {total / 1e9:.1f} GB "
+            f"{free / 1e9:.1f} were left.",
+            "Free the GPU, or cut the engine for more ranks.",
+        ) from None
+    cache = KvCache(
+        num_layers=len(weights.layers),
+        kv_heads=len(rank.kv_heads(config.num_key_value_heads)),
+        head_dim=config.head_dim,
+        fp8=quant.kv_fp8,
+        device=device,
+        spare_blocks=1,
+    )
+    limits = engine.build_config
+    network = CudaNetwork(
+        *(config, rank, weights, cache, comm, TritonOps()),
+        device=device,
+        max_seq_len=limits.max_seq_len,
+        graphs=graph_sizes(limits.max_batch_size),
+    )
+    gc.freeze()
+    return Worker(network)
+
+
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """For how many sequences decode steps are recorded: powers of two, and the most that there can be."""
+    return sorted({min(1 << power, max_batch_size) for power in range(max_batch_size.bit_length() + 1)})
+
+
+class _Progress:
+    """Loads as :class:`Uploader`, and says now and then how far it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._uploader = Uploader(device, self._count)
+        self._bytes, self._began = 0, time.monotonic()
+        self._next = self._began + REPORT_S
+
+    def hold(self, weight: Tensor) -> Tensor:
+        return self._uploader.hold(weight)
+
+    def _count(self, count: int) -> None:
+        self._bytes += count
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + REPORT_S
+            logger.info("%.1f GB on the GPU, %.2f GB/s.", self._bytes / 1e9, self._bytes / 1e9 / (now - self._began))
