@@ -14,7 +14,7 @@ from arctic_trt.report.arctic import RELEASED
 from tests.support.engines import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from rank_probe import traffic_of  # noqa: E402
+from rank_probe import traffic_of
 
 RANK = plan_mapping(RELEASED, tp_size=8).rank(0)
 
