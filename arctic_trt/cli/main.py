@@ -34,6 +34,8 @@ Exit codes:
 Every flag is accepted with underscores and with hyphens."""
 
 INTERRUPTED = 130
+HIDDEN = ("service",)
+"""Commands that other commands start."""
 
 
 class LazyGroup(click.Group):
@@ -43,7 +45,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMANDS and cmd_name not in HIDDEN:
             return None
         command: click.Command = importlib.import_module(f"arctic_trt.cli.{cmd_name}").command
         return command
