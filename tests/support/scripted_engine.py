@@ -22,7 +22,9 @@ Reply = Callable[[Mapping[str, Any]], list[str]]
 
 def scored(piece: str, alternatives: int) -> NamedLogprobs:
     """Made-up log probabilities: the likeliest token is always the chosen one."""
-    return NamedLogprobs(piece, -0.5, tuple((piece if rank == 0 else f"other{rank}", -0.5 - rank) for rank in range(alternatives)))
+    return NamedLogprobs(
+        piece, -0.5, tuple((piece if rank == 0 else f"other{rank}", -0.5 - rank) for rank in range(alternatives))
+    )
 
 
 @dataclass

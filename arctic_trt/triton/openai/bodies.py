@@ -103,7 +103,7 @@ WORDING = {
     "store": "false, the only value that is offered",
     "logit_bias": "no entries: it is not offered",
     "tools": "an empty list: tools are not offered",
-    "response_format": '{"type": "text"}, the only format that is offered',
+    "type": "'text', the only one that is offered",
 }
 FIELDS = {
     *ChatBody.model_fields,

@@ -131,7 +131,7 @@ def parse_logprobs(data: bytes) -> tuple[NamedLogprobs, ...] | None:
     if not data:
         return None
     return tuple(
-        NamedLogprobs(item["text"], item["logprob"], tuple((text, logprob) for _, text, logprob in item["top"]))
+        NamedLogprobs(item["text"], item["logprob"], tuple((each["text"], each["logprob"]) for each in item["top"]))
         for item in json.loads(data)
     )
 

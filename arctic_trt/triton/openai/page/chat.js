@@ -114,7 +114,6 @@ function request() {
   const { system, temperature, max_tokens } = Object.fromEntries(new FormData(settings));
   const past = turns.filter((turn) => turn.content).map(({ role, content }) => ({ role, content }));
   return {
-    model,
     messages: [...(system.trim() ? [{ role: "system", content: system }] : []), ...past],
     ...(temperature && { temperature: Number(temperature) }),
     ...(max_tokens && { max_tokens: Number(max_tokens) }),
@@ -164,7 +163,7 @@ function figures(clock, usage) {
     ...(seconds > 0 && tokens > clock.tokensAtFirst ? [`${rate.toFixed(rate < 10 ? 2 : 1)} tokens/s`] : []),
     ...(clock.first ? [`first after ${((clock.first - clock.start) / 1000).toFixed(2)} s`] : []),
     ...(clock.end ? [clock.end] : []),
-  ].join("  ·  ");
+  ].join(" · ");
 }
 
 async function open(body, signal) {
