@@ -37,10 +37,10 @@ class FakeTriton(service.GRPCInferenceServiceServicer):  # type: ignore[misc]
     metadata: list[dict[str, str]] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
 
-    def ServerReady(self, request: Any, context: Any) -> Any:
+    def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         return messages.ServerReadyResponse(ready=self.is_ready)
 
-    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         context.add_callback(self.left.set)
         self.metadata.append(dict(context.invocation_metadata()))
         for request in requests:

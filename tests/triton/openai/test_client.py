@@ -128,7 +128,7 @@ def test_what_the_engine_refuses_has_its_status(
 def test_a_stream_that_fails_says_so(connect: Connect) -> None:
     engine = ScriptedEngine(failure=EngineError("internal", "The worker group died; ask again."), pieces_first=2)
     stream = connect(engine).chat.completions.create(model="arctic", messages=HELLO, stream=True)
-    with pytest.raises(openai.APIError, match="The worker group died; ask again."):
+    with pytest.raises(openai.APIError, match=r"The worker group died; ask again\."):
         list(stream)
 
 

@@ -51,7 +51,7 @@ def test_every_parameter_has_a_tensor() -> None:
     assert {name: array.tolist() for name, array in tensors.items()} == {
         **{"max_tokens": [[5]], "temperature": [[0.5]], "top_p": [[0.5]], "top_k": [[3]], "min_p": [[np.float32(0.1)]]},
         **{"repetition_penalty": [[1.5]], "presence_penalty": [[0.5]], "frequency_penalty": [[0.5]], "random_seed": [[2**63]]},
-        **{"stop_words": [["a".encode(), "é".encode()]], "bad_words": [[b"b"]], "end_id": [[-1]], "num_return_sequences": [[2]]},
+        **{"stop_words": [[b"a", "é".encode()]], "bad_words": [[b"b"]], "end_id": [[-1]], "num_return_sequences": [[2]]},
         **{"return_log_probs": [[True]], "top_logprobs": [[3]], "stream": [[False]]},
     }
     kinds = {name: array.dtype for name, array in tensors.items()}
