@@ -21,6 +21,7 @@ COMMANDS = {
     "build": "Build an engine directory from a TensorRT-LLM checkpoint.",
     "plan": "Forecast sizes, memory, disk, time and GPUs, from config.json alone.",
     "run": "Generate text with an engine, alone or under mpirun.",
+    "triton": "Write a model repository for Triton Inference Server, and serve it.",
     "bench": "Measure latency and throughput of an engine or a server.",
     "lm_eval": "Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
     "doctor": "Say what this machine has, which steps work on it, and what to do next.",
@@ -34,7 +35,7 @@ Exit codes:
 Every flag is accepted with underscores and with hyphens."""
 
 INTERRUPTED = 130
-HIDDEN = ("service",)
+HIDDEN = ("service", "gateway")
 """Commands that other commands start."""
 
 
