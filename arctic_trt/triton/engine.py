@@ -23,9 +23,10 @@ from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
 from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, failure
 from arctic_trt.triton.answers import Answers
 from arctic_trt.triton.control import Listener, control_path
-from arctic_trt.triton.gate import ADDRESS, Gate
+from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
 from arctic_trt.triton.outbox import Outbox
+from arctic_trt.triton.server import HTTP_ADDRESS
 from arctic_trt.triton.slots import Slots
 from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, plan_ask, read_values, refuse_unknown, unpadded
 from arctic_trt.triton.watch import Watch
@@ -175,9 +176,9 @@ class Engine:
         self._outbox.put(asked, failure(0, LATE, message))
 
     def _find_gate(self) -> Gate | None:
-        address = os.environ.get(ADDRESS)
+        address = os.environ.get(HTTP_ADDRESS)
         if not address:
-            logger.warning("%s is not set: the server calls itself ready also when the ranks are down.", ADDRESS)
+            logger.warning("%s is not set: the server calls itself ready also when the ranks are down.", HTTP_ADDRESS)
         return Gate(address) if address else None
 
     def _on_state(self, state: str) -> None:
