@@ -111,6 +111,12 @@ def test_a_stream() -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, "The prompt is too long.", "invalid", "The prompt is too long."),
         (grpc.StatusCode.UNAVAILABLE, "The ranks are down.", "unavailable", "The ranks are down."),
         (grpc.StatusCode.UNAVAILABLE, "[request id: 1] Exceeds maximum queue size", "busy", "The queue is full; ask again."),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "Request timeout expired",
+            "unavailable",
+            "The request has waited in the queue for too long; ask again.",
+        ),
         (grpc.StatusCode.NOT_FOUND, "Request for unknown model", "unavailable", "Request for unknown model"),
         (grpc.StatusCode.INTERNAL, "The request was lost.", "internal", "The request was lost."),
     ],
@@ -123,6 +129,13 @@ def test_a_stream_that_ends_with_a_status(status: grpc.StatusCode, message: str,
     with fake_triton(answer) as (_, address), pytest.raises(EngineError) as caught:
         asyncio.run(collected(TritonEngine(address, "arctic_bls"), FIELDS))
     assert (caught.value.kind, caught.value.message) == (kind, told)
+
+
+def test_a_stream_whose_error_has_no_status() -> None:
+    full = {"error": "[request id: 1] Exceeds maximum queue size"}
+    with fake_triton(lambda _: iter([full])) as (_, address), pytest.raises(EngineError, match="The queue is full") as caught:
+        asyncio.run(collected(TritonEngine(address, "arctic_bls"), FIELDS))
+    assert caught.value.kind == "busy"
 
 
 def test_nobody_there() -> None:
