@@ -232,6 +232,20 @@ def last_level_cache() -> int:
     return sum(sizes.values())
 
 
+def find_tritonserver() -> Path | None:
+    """The program of Triton Inference Server: the wheel ``nvidia-pytriton``'s, else PATH's or the container's."""
+    import importlib.util  # here, as above all a command line has to be quick
+    import shutil
+
+    wheel = importlib.util.find_spec("pytriton")  # finds, but does not import
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        program = Path(folder) / "tritonserver" / "bin" / "tritonserver"
+        if program.is_file():
+            return program
+    found = shutil.which("tritonserver", path=f"{os.environ.get('PATH', '')}:/opt/tritonserver/bin")
+    return Path(found) if found else None
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a distribution, from its metadata alone; None where it is absent."""
     from importlib import metadata  # here: it takes longer than all of this module

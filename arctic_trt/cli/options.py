@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from arctic_trt.errors import RefusedError
 from arctic_trt.launch import Launch, find_launch, tie_to_launcher
 from arctic_trt.output import Output
 
@@ -107,6 +108,13 @@ def join_job(output: Output) -> Launch | None:
     if launch and launch.rank:
         output.mute()
     return launch
+
+
+def refuse_several_processes(command: str, why: str, hint: str) -> None:
+    """Refuse mpirun for a ``command`` that starts its own processes: each rank would do all of it."""
+    launch = find_launch(os.environ)
+    if launch and (launch.world_size or 1) > 1:
+        raise RefusedError(f"{command} was started as {launch.world_size} processes, {why}.", hint)
 
 
 def config_option(command: Command) -> Command:

@@ -20,6 +20,7 @@ from arctic_trt.machine import (
     Gpu,
     available_cores,
     available_memory,
+    find_tritonserver,
     memory_limit,
     package_version,
     query_driver_cuda,
@@ -154,7 +155,7 @@ def gather(directory: Path) -> Facts:
         packages={name: package_version(name) for name in PACKAGES},
         torch_cuda=find_torch_cuda(),
         c_compiler=find_compiler(os.environ),
-        tritonserver=shutil.which("tritonserver", path=f"{os.environ.get('PATH', '')}:/opt/tritonserver/bin"),
+        tritonserver=str(find_tritonserver() or "") or None,
         mpi=mpi,
     )
 
