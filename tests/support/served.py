@@ -18,8 +18,9 @@ from typing import Any
 
 from tests.support.engines import ROOT, mpi_environ
 
-RANKS = 2
+RANKS, BATCH = 2, 8
 TOKENIZER = ROOT / "tests" / "data" / "tiny-arctic"
+LIMITS = ("--max_batch_size", BATCH, "--max_seq_len", 4096)
 START_S, END_S, ANSWER_S = 90.0, 60.0, 60.0
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 
@@ -115,7 +116,9 @@ def build_tiny_arctic(directory: Path) -> Path:
     """The trained tiny Arctic as an engine of :data:`RANKS` ranks."""
     words = ["--model_dir", TOKENIZER, "--output_dir", directory / "checkpoint", "--tp_size", RANKS, "--calib_size", 8]
     arctic_trt("quantize", *words, "--no_report")
-    arctic_trt("build", "--checkpoint_dir", directory / "checkpoint", "--output_dir", directory / "engine", "--backend", "torch")
+    arctic_trt(
+        "build", "--checkpoint_dir", directory / "checkpoint", "--output_dir", directory / "engine", "--backend", "torch", *LIMITS
+    )
     return directory / "engine"
 
 
