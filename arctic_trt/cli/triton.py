@@ -37,6 +37,7 @@ SECTIONS = {
         SERVING,
     ),
 }
+LEGACY = "tensorrtllm"
 MODEL, PROMPT = "arctic", "The future of AI is"
 WAITING_S = 10.0
 
@@ -94,6 +95,21 @@ def command(output: Output, engine_dir: Path, config: Path | None, **flags: Any)
 
 
 def _plan_files(recipe: TritonRecipe) -> dict[str, str]:
+    from arctic_trt.engine.config import read_engine_config
+    from arctic_trt.quantize.memory import parse_size
+
+    if recipe.kv_cache_memory is not None:
+        parse_size(recipe.kv_cache_memory, "--kv_cache_memory")  # here rather than when the ranks start
+    if recipe.backend == LEGACY:
+        from arctic_trt.triton.legacy import LegacyOptions, plan_legacy_repository
+
+        legacy = LegacyOptions(
+            engine_dir=recipe.engine_dir,
+            tokenizer_dir=recipe.tokenizer,
+            max_queue_size=recipe.max_queue_size,
+            max_tokens_in_paged_kv_cache=recipe.max_tokens_in_paged_kv_cache,
+        )
+        return plan_legacy_repository(read_engine_config(recipe.engine_dir), legacy)
     from arctic_trt.triton.repository import RepositoryOptions, plan_repository
 
     return plan_repository(
@@ -102,20 +118,12 @@ def _plan_files(recipe: TritonRecipe) -> dict[str, str]:
             tokenizer_dir=recipe.tokenizer,
             max_queue_size=recipe.max_queue_size,
             queue_timeout_s=recipe.queue_timeout,
-            priority_levels=recipe.priority_levels,
+            priority_levels=recipe.priority_levels or 0,
             request_timeout_s=recipe.request_timeout,
-            kv_cache_memory=_bytes(recipe.kv_cache_memory),
+            kv_cache_memory=recipe.kv_cache_memory,
             max_tokens_in_paged_kv_cache=recipe.max_tokens_in_paged_kv_cache,
         )
     )
-
-
-def _bytes(size: str | None) -> int | None:
-    if size is None:
-        return None
-    from arctic_trt.quantize.memory import parse_size  # with torch, which takes seconds
-
-    return parse_size(size, "--kv_cache_memory")
 
 
 def _write(recipe: TritonRecipe, files: dict[str, str]) -> None:
@@ -129,13 +137,19 @@ def _write(recipe: TritonRecipe, files: dict[str, str]) -> None:
 def _show_repository(recipe: TritonRecipe, files: dict[str, str], output: Output) -> None:
     models = sorted({name.partition("/")[0] for name in files})
     output.result({"model_repo": str(recipe.model_repo), "backend": recipe.backend, "models": models, "files": sorted(files)})
-    tokenizer = f" --tokenizer_dir {recipe.tokenizer_dir}" if recipe.tokenizer_dir else ""
-    rows = [
-        ("model repository", str(recipe.model_repo)),
-        ("models", ", ".join(models)),
-        ("next", f"arctic-trt triton {recipe.engine_dir}{tokenizer} --model_repo {recipe.model_repo} --serve"),
-    ]
+    rows = [("model repository", str(recipe.model_repo)), ("models", ", ".join(models)), ("next", _serve_command(recipe))]
     output.table("Written", rows)
+
+
+def _serve_command(recipe: TritonRecipe) -> str:
+    if recipe.backend == LEGACY:
+        from arctic_trt.engine.config import read_engine_config
+        from arctic_trt.triton.legacy import launch_command
+
+        return launch_command(recipe.model_repo, read_engine_config(recipe.engine_dir).network()[1].world_size)
+    tokenizer = ["--tokenizer_dir", str(recipe.tokenizer_dir)] if recipe.tokenizer_dir else []
+    words = ["arctic-trt", "triton", str(recipe.engine_dir), *tokenizer, "--model_repo", str(recipe.model_repo), "--serve"]
+    return shlex.join(words)
 
 
 def _serve_options(recipe: TritonRecipe, output: Output) -> ServeOptions:

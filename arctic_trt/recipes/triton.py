@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from arctic_trt.recipes.base import Recipe
 
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
+PYTHON_ONLY = ("queue_timeout", "priority_levels", "request_timeout", "kv_cache_memory")
 
 
 class TritonRecipe(Recipe):
@@ -27,7 +28,7 @@ class TritonRecipe(Recipe):
     max_tokens_in_paged_kv_cache: int | None = Field(None, ge=1)
     max_queue_size: int = Field(0, ge=0)
     queue_timeout: float | None = Field(None, gt=0)
-    priority_levels: int = Field(0, ge=0)
+    priority_levels: int | None = Field(None, ge=1)
     request_timeout: float | None = Field(None, gt=0)
     serve: bool = False
     host: str = "127.0.0.1"
@@ -54,6 +55,9 @@ class TritonRecipe(Recipe):
             raise ValueError(
                 f"--serve starts repositories of --backend python, not of {self.backend}: start TensorRT-LLM's own container"
             )
+        useless = [name for name in PYTHON_ONLY if getattr(self, name) is not None and self.backend != "python"]
+        if useless:
+            raise ValueError(f"--{useless[0]} is for --backend python alone")
         return self
 
     @property

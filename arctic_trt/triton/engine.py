@@ -22,9 +22,10 @@ from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
 from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event
 from arctic_trt.triton.answers import Answers
 from arctic_trt.triton.control import Listener, control_path
-from arctic_trt.triton.gate import ADDRESS, Gate
+from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
 from arctic_trt.triton.outbox import Outbox
+from arctic_trt.triton.server import HTTP_ADDRESS
 from arctic_trt.triton.slots import Slots
 from arctic_trt.triton.stub import Stub, arrays_of, settings_of
 from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, in_tensors, plan_ask, read_values, refuse_unknown, unpadded
@@ -165,9 +166,9 @@ class Engine:
         self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _find_gate(self) -> Gate | None:
-        address = os.environ.get(ADDRESS)
+        address = os.environ.get(HTTP_ADDRESS)
         if not address:
-            logger.warning("%s is not set: the server calls itself ready also when the ranks are down.", ADDRESS)
+            logger.warning("%s is not set: the server calls itself ready also when the ranks are down.", HTTP_ADDRESS)
         return Gate(address) if address else None
 
     def _on_state(self, state: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import threading
 import time
@@ -17,11 +18,10 @@ from typing import Any
 from urllib.error import HTTPError
 
 from arctic_trt.triton.names import GATE
+from arctic_trt.triton.server import CONTROL_KEY, KEY_HEADER
 
 logger = logging.getLogger(__name__)
 
-ADDRESS = "ARCTIC_TRT_TRITON_HTTP"
-"""Environment variable with the server's HTTP address, host:port."""
 STATE, UP, DOWN = "state", "up", "down"
 TIMEOUT_S = 30.0
 PAUSE_S = 1.0
@@ -78,7 +78,9 @@ class Gate:
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(f"http://{self._address}/v2/{path}", data, timeout=TIMEOUT_S) as response:
+        headers = {KEY_HEADER: os.environ.get(CONTROL_KEY, "")}
+        request = urllib.request.Request(f"http://{self._address}/v2/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer: dict[str, Any] = json.loads(response.read() or b"{}")
             return answer
 

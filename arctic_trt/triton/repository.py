@@ -94,6 +94,16 @@ POST_INPUTS = (TOKEN_IDS, ABOUT[0], *PIECES, TOP)
 POST_OUTPUTS = (TEXT_OUTPUT, TOP)
 
 
+def holds_repository(files: Mapping[str, str], model_repo: Path) -> bool:
+    """Whether every one of ``files`` is in ``model_repo`` as it would be written, and nothing else."""
+    present = [name for name in _entries(model_repo) if "__pycache__" not in name]
+    return present == sorted(files) and all((model_repo / name).read_bytes() == text.encode() for name, text in files.items())
+
+
+def _entries(model_repo: Path) -> list[str]:
+    return sorted(str(path.relative_to(model_repo)) for path in model_repo.rglob("*") if not path.is_dir())
+
+
 def write_repository(files: Mapping[str, str], model_repo: Path, *, overwrite: bool) -> None:
     """Write ``files`` so that ``model_repo`` has all of them, and no other, or is as it was.
 
@@ -101,7 +111,7 @@ def write_repository(files: Mapping[str, str], model_repo: Path, *, overwrite: b
     """
     if model_repo.exists() and not model_repo.is_dir():
         raise UsageError(f"--model_repo {model_repo} is a file, expected a directory.")
-    present = sorted(str(path.relative_to(model_repo)) for path in model_repo.rglob("*") if not path.is_dir())
+    present = _entries(model_repo)
     foreign = next((name for name in present if name not in files and "__pycache__" not in name), None)
     if foreign is not None:
         raise RefusedError(

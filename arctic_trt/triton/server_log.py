@@ -14,10 +14,12 @@ LINE = re.compile(r'([IWEF])\d{4} [\d:.]+ \d+ \S+?:\d+\] ?"?(.*?)"?$')
 NOISE = re.compile(
     r"CudaDriverHelper|pinned (system )?memory|CUDA memory pool|NVML|DCGM|unable to create stream|Signal \(\d+\) received"
 )
-TABLE = re.compile(r"[+|]|$")
+TABLE = re.compile(r"[+|]|At:$|  (/|<frozen )|$")
+"""Tables, and the stacks that a model's failure is printed with."""
 LOADING, LOADED = re.compile(r"loading: (\w+):\d+"), re.compile(r"successfully loaded '(\w+)'")
 FAILED = re.compile(r"failed to load '(\w+)'[^:]*: (.*)")
-TRAIL = re.compile(r"^\w+: |\s*At:.*$")
+TRAIL = re.compile(r"^\w+: |(\\n|\s)*(At:.*)?$")
+"""What surrounds a failure's own words: its kind, and the stack."""
 LEVELS = {"I": logging.DEBUG, "W": logging.WARNING, "E": logging.ERROR, "F": logging.ERROR}
 KEPT_LINES = 20
 

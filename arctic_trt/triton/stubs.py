@@ -10,14 +10,13 @@ from pathlib import Path
 
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.triton.admin import Admin
+from arctic_trt.triton.names import GATE
 from arctic_trt.triton.server import STUB
 
 LOOK_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 MODEL = re.compile(r"/(\w+)/\d+/model\.py")
 PROC = Path("/proc")
-GATE = "arctic_gate"
-"""Unloaded and loaded to say whether the server is ready; by whoever does it, not here."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class Reviver(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
+        # the gate comes and goes: that is how the ranks' leader says whether the server is ready
         models, pause_s = find_stubs(self._server).keys() - {GATE}, FIRST_PAUSE_S
         while not self._stopped.wait(LOOK_S):
             dead = sorted(models - find_stubs(self._server).keys())

@@ -25,6 +25,7 @@ COMPLAINT = re.compile(r"arctic-trt: error: (.*)")
 MPI_COMPLAINT = re.compile(r"process rank (\d+) .*?exited on\s+signal \d+ \((\w+)", re.DOTALL)
 POLL_S = 0.02
 SHARED_MEMORY = Path("/dev/shm")
+BACKING = "OMPI_MCA_btl_sm_backing_directory"
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class RanksProcess:
         """The ranks' files lie where they can be removed whatever becomes of the ranks."""
         environ = {**without_launcher(os.environ), "TMPDIR": str(self._work_dir), "PYTHONUNBUFFERED": "1"}
         if self._segments is not None:
-            environ["OMPI_MCA_btl_sm_backing_directory"] = str(self._segments)
+            environ[BACKING] = str(self._segments)
         return environ
 
     def _listen(self) -> None:
@@ -131,7 +132,8 @@ def explain(code: int, lines: list[str], *, killed: bool) -> ArcticTrtError:
 
 def _segments_dir() -> Path | None:
     """Where Open MPI's ranks share memory, which they leave behind when they are killed."""
-    return Path(tempfile.mkdtemp(prefix="arctic-trt-", dir=SHARED_MEMORY)) if os.access(SHARED_MEMORY, os.W_OK) else None
+    directory = Path(os.environ.get(BACKING, SHARED_MEMORY))
+    return Path(tempfile.mkdtemp(prefix="arctic-trt-", dir=directory)) if os.access(directory, os.W_OK) else None
 
 
 def _session(leader: int) -> list[int]:
