@@ -242,15 +242,13 @@ def test_a_killed_rank_costs_what_is_under_way_and_nothing_else(served: Server, 
     assert references[-1].holds(served.ask(text_input=references[-1].prompt, max_tokens=MOST))
 
 
-def test_a_full_queue_refuses_and_sigterm_drains(tiny_engine: Path, references: list[Reference], tmp_path: Path) -> None:
+def test_a_full_queue_refuses_and_sigterm_drains(tiny_engine: Path, tmp_path: Path) -> None:
     """A server of its own, of which everything is gone afterwards."""
     length = 300
+    body = {"text_input": "The", "max_tokens": length, "end_id": -1}
     with serving(tiny_engine, tmp_path, "--max_queue_size", 2, "--drain_timeout", 40) as (process, server):
         with ThreadPoolExecutor(6 * BATCH) as clients:
-            length = 300
-            asked = [
-                clients.submit(server.ask, text_input=f"{index}", max_tokens=length, end_id=-1) for index in range(6 * BATCH)
-            ]
+            asked = [clients.submit(server.ask, **body) for _ in range(6 * BATCH)]
             wait_until(lambda: any(each.done() for each in asked), 20, "the queue is full")
             process.send_signal(signal.SIGTERM)
             answers = [each.result(60) for each in asked]
