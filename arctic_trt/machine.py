@@ -27,6 +27,9 @@ UNLIMITED_V1 = 1 << 60
 NVIDIA_SMI_PATIENCE_S = 10.0
 """A node of eight GPUs without persistence mode takes several seconds to answer: each GPU is woken up for it."""
 GPU_FIELDS = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
+INSTALL_TRITONSERVER = (
+    "pip install 'arctic-trt[triton]' (x86-64, Python 3.10 to 3.12), or use NVIDIA's container of Triton Inference Server."
+)
 LINK = re.compile(r"NV\d+")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

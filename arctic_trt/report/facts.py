@@ -39,7 +39,10 @@ PACKAGES = (
     "nvidia-modelopt",
     "tensorrt_llm",
     "tensorrt",
+    "numpy",
     "tritonclient",
+    "fastapi",
+    "uvicorn",
 )
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve")
 """Those that decide how fast bf16 is multiplied; the last three are Arm's."""

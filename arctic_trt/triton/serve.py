@@ -226,7 +226,9 @@ class _Supervisor:
 
     def _ended(self) -> ArcticTrtError:
         self._reader.join(LAST_WORDS_S)  # stubs may keep its output open for a while
-        return ArcticTrtError(f"tritonserver {describe_end(self._triton.returncode)}: {self._log.last_words()}")
+        words = self._log.last_words()
+        how = describe_end(self._triton.returncode)
+        return ArcticTrtError(f"tritonserver {how}: {words}" if words else f"tritonserver {how}, and did not say why.")
 
 
 def make_backends(server: TritonServer, directory: Path) -> Path:

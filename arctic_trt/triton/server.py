@@ -20,9 +20,8 @@ from pathlib import Path
 
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import without_launcher
-from arctic_trt.machine import find_tritonserver, package_version
+from arctic_trt.machine import INSTALL_TRITONSERVER, find_tritonserver, package_version
 
-INSTALL = "pip install 'arctic-trt[triton]' (x86-64, Python 3.10 to 3.12), or use NVIDIA's container of Triton Inference Server."
 LIBRARY, UTILITIES, STUB = "libtriton_python.so", "triton_python_backend_utils.py", "triton_python_backend_stub"
 MODEL_SHM_BYTES = 1 << 20
 """What each stub takes of /dev/shm at first, and adds when tensors need more."""
@@ -109,14 +108,14 @@ def locate_server() -> TritonServer:
     """The installed server with a Python backend for this Python; raises :class:`RefusedError` where there is none."""
     program = find_tritonserver()
     if program is None:
-        raise RefusedError("There is no tritonserver.", INSTALL)
+        raise RefusedError("There is no tritonserver.", INSTALL_TRITONSERVER)
     home = program.resolve().parents[1]
     backend, version = home / "backends" / "python", f"{sys.version_info.major}.{sys.version_info.minor}"
     stubs = (home / "python_backend_stubs" / version / STUB, backend / STUB)
     stub = next((path for path in stubs if path.is_file()), None)
     missing = next((path for path in (backend / LIBRARY, backend / UTILITIES) if not path.is_file()), None)
     if stub is None or missing:
-        raise RefusedError(f"{program} has no Python backend: {missing or stubs[-1]} does not exist.", INSTALL)
+        raise RefusedError(f"{program} has no Python backend: {missing or stubs[-1]} does not exist.", INSTALL_TRITONSERVER)
     return TritonServer(program, backend / LIBRARY, backend / UTILITIES, stub)
 
 

@@ -63,7 +63,7 @@ class ServerLog:
         logger.log(LEVELS[weight], "tritonserver: %s", text)
 
     def last_words(self) -> str:
-        """Why the server ended, as far as it said: the models that did not load, else the last that was no mere notice."""
+        """Why the server ended, as far as it said: the models that did not load, else the last that was no mere notice; perhaps none."""
         if self.failures:
             return "; ".join(f"{model} did not load: {why}" for model, why in self.failures.items())
-        return self._last[-1] if self._last else "it said nothing"
+        return self._last[-1] if self._last else ""

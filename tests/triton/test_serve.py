@@ -73,7 +73,7 @@ def test_a_killed_server_ends_everything_with_a_sentence(start: Start) -> None:
     served = start().wait_ready()
     os.kill(served.children("fake_tritonserver")[0], signal.SIGKILL)
     assert served.end() == 1 and served.leftovers() == []
-    assert served.said("ArcticTrtError: tritonserver was ended by SIGKILL: ")
+    assert served.said("ArcticTrtError: tritonserver was ended by SIGKILL, and did not say why.")
 
 
 def test_a_killed_supervisor_leaves_nothing(start: Start) -> None:
