@@ -98,7 +98,7 @@ class WorkerGroup:
         self._settled = threading.Event()
         self._failure: ArcticTrtError | None = None
         self._stats, self._before, self._restarts = RankStats(), RankStats(), 0
-        self._heard = 0.0
+        self._heard = self._leave_by = 0.0
         self._ready_since: float | None = None
         self._process: RanksProcess | None = None
         self._threads = [
@@ -155,6 +155,7 @@ class WorkerGroup:
         self._draining = True
         if not self._calls.wait_until_none(drain_s):
             logger.warning("%d requests are under way after %.0f s, and end now.", len(self._calls), drain_s)
+        self._leave_by = time.monotonic() + LEAVE_S
         self._closing.set()
         with self._lock:
             if self._connection is not None:
@@ -191,18 +192,20 @@ class WorkerGroup:
         """Start the ranks, serve until they end, and leave nothing of them; returns why they ended."""
         self._ready_since = None
         try:
-            self._process = RanksProcess(lambda path: self._command(self._options, path))
+            process = self._process = RanksProcess(lambda path: self._command(self._options, path))
         except RefusedError as error:
             return error
-        patience_s, silence = 0.0, None
+        patience_s, given_up = 0.0, None
         try:
-            silence = self._converse(self._process)
-            patience_s = LEAVE_S if self._closing.is_set() else 0.0 if silence else LAST_WORDS_S
-        except Exception:  # a group that nobody supervises would be worse than anything that can have happened
-            logger.exception("The ranks said what is not understood.")
-        ended = self._process.end(patience_s)
+            given_up = self._converse(process)
+            if given_up is None:
+                patience_s = self._leave_by - time.monotonic() if self._closing.is_set() else LAST_WORDS_S
+        except Exception as error:  # a group that nobody supervises would be worse than anything that can have happened
+            logger.exception("What the ranks said is not understood.")
+            given_up = ArcticTrtError(f"What the ranks said is not understood ({type(error).__name__}: {error}).")
+        ended = process.end(patience_s)
         self._process = None
-        return silence or ended
+        return given_up or ended
 
     def _converse(self, process: RanksProcess) -> ArcticTrtError | None:
         """Tell what rank 0 says until it leaves; returns why it was given up, None if it left by itself."""
@@ -210,26 +213,31 @@ class WorkerGroup:
         connection: Connection | None = None
         try:
             while (found := process.accept()) is None:
-                if process.ended or self._closing.is_set():
+                if process.ended:
                     return None
-                if time.monotonic() - began > self._options.start_timeout_s:
+                if self._starts_in_vain(began):
                     return self._too_slow()
             connection = Connection(found)
             while (messages := connection.receive(TICK_S)) is not None:
                 for message in messages:
                     self._hear(message, connection)
-                silent_s = time.monotonic() - max(began, self._heard)
-                if self._ready_since is None and (self._closing.is_set() or silent_s > self._options.start_timeout_s):
+                if self._ready_since is None and self._starts_in_vain(began):
                     return self._too_slow()
+                if self._closing.is_set() and time.monotonic() > self._leave_by:
+                    return ArcticTrtError(f"The ranks did not leave within {LEAVE_S:.1f} s.")
+                silent_s = time.monotonic() - max(began, self._heard)
                 if len(self._calls) and silent_s > self._options.hang_timeout_s:
-                    return ArcticTrtError(f"The ranks have said nothing for {silent_s:.0f} s, with requests under way.")
+                    return ArcticTrtError(f"The ranks have said nothing for {silent_s:.1f} s, with requests under way.")
             return None
         finally:
             if connection is not None:
                 self._forget(connection)
 
+    def _starts_in_vain(self, began: float) -> bool:
+        return self._closing.is_set() or time.monotonic() - began > self._options.start_timeout_s
+
     def _too_slow(self) -> ArcticTrtError:
-        return ArcticTrtError(f"The ranks were not ready after {self._options.start_timeout_s:.0f} s.")
+        return ArcticTrtError(f"The ranks were not ready after {self._options.start_timeout_s:.1f} s.")
 
     def _hear(self, message: Mapping[str, Any], connection: Connection) -> None:
         self._heard = time.monotonic()

@@ -24,7 +24,6 @@ LAST_LINES = 40
 COMPLAINT = re.compile(r"arctic-trt: error: (.*)")
 MPI_COMPLAINT = re.compile(r"process rank (\d+) .*?exited on\s+signal \d+ \((\w+)", re.DOTALL)
 POLL_S = 0.02
-SHARED_MEMORY = Path("/dev/shm")
 BACKING = "OMPI_MCA_btl_sm_backing_directory"
 
 logger = logging.getLogger(__name__)
@@ -38,12 +37,11 @@ class RanksProcess:
     """
 
     def __init__(self, command: Callable[[Path], list[str]]) -> None:
-        self._work_dir = Path(tempfile.mkdtemp(prefix="arctic-trt-"))
-        self._segments = _segments_dir()
+        self._directories: list[Path] = []
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
-        path = self._work_dir / "leader"
         self._listener = socket.socket(socket.AF_UNIX)
         try:
+            path = self._make_directory() / "leader"
             self._listener.bind(str(path))
             self._listener.listen(1)
             self._listener.settimeout(POLL_S)
@@ -95,11 +93,16 @@ class RanksProcess:
         return explain(self._process.returncode, list(self._lines), killed=killed)
 
     def _environ(self) -> dict[str, str]:
-        """The ranks' files lie where they can be removed whatever becomes of the ranks."""
-        environ = {**without_launcher(os.environ), "TMPDIR": str(self._work_dir), "PYTHONUNBUFFERED": "1"}
-        if self._segments is not None:
-            environ[BACKING] = str(self._segments)
+        """The ranks' files, and the memory that they share, lie where they are removed whatever becomes of the ranks."""
+        environ = {**without_launcher(os.environ), "TMPDIR": str(self._directories[0]), "PYTHONUNBUFFERED": "1"}
+        shared_memory = Path(environ.get(BACKING, "/dev/shm"))
+        if os.access(shared_memory, os.W_OK):
+            environ[BACKING] = str(self._make_directory(shared_memory))
         return environ
+
+    def _make_directory(self, parent: Path | None = None) -> Path:
+        self._directories.append(Path(tempfile.mkdtemp(prefix="arctic-trt-", dir=parent)))
+        return self._directories[-1]
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -107,13 +110,12 @@ class RanksProcess:
             for line in words:
                 text = line.decode(errors="replace").rstrip()
                 self._lines.append(text)
-                logger.debug("ranks: %s", text)
+                logger.log(logging.WARNING if text.startswith("WARNING") else logging.DEBUG, "ranks: %s", text)
 
     def _remove_files(self) -> None:
         self._listener.close()
-        for directory in (self._work_dir, self._segments):
-            if directory is not None:
-                shutil.rmtree(directory, ignore_errors=True)  # nothing that could be done about it
+        for directory in self._directories:
+            shutil.rmtree(directory, ignore_errors=True)  # what is left is in nobody's way
 
 
 def explain(code: int, lines: list[str], *, killed: bool) -> ArcticTrtError:
@@ -128,12 +130,6 @@ def explain(code: int, lines: list[str], *, killed: bool) -> ArcticTrtError:
     how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     last = next((line for line in reversed(lines) if line.strip(" -")), "nothing")
     return ArcticTrtError(f"The ranks ended {how}; the last that they said is: {last!r}.")
-
-
-def _segments_dir() -> Path | None:
-    """Where Open MPI's ranks share memory, which they leave behind when they are killed."""
-    directory = Path(os.environ.get(BACKING, SHARED_MEMORY))
-    return Path(tempfile.mkdtemp(prefix="arctic-trt-", dir=directory)) if os.access(directory, os.W_OK) else None
 
 
 def _session(leader: int) -> list[int]:

@@ -53,6 +53,7 @@ class _Refusal:
 
     id: int
     message: str
+    code: str = INVALID
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,20 @@ def _read(leader: socket.socket, planner: Planner, inbox: Inbox) -> None:
     try:
         with leader.makefile("rb") as lines:
             for line in lines:
-                inbox.put(plan_message(json.loads(line), planner))
+                inbox.put(_plan_safely(json.loads(line), planner))
     except OSError as error:
         logger.debug("The leader's socket broke: %s", error)
     finally:
         inbox.put(None)
+
+
+def _plan_safely(message: Mapping[str, Any], planner: Planner) -> Call | _Refusal | _Cancel:
+    """What fails for one call in a way that nobody thought of must not end the others."""
+    try:
+        return plan_message(message, planner)
+    except Exception as error:
+        logger.exception("Request %s cannot be planned.", message["id"])
+        return _Refusal(int(message["id"]), f"The request cannot be planned ({type(error).__name__}: {error}).", INTERNAL)
 
 
 def plan_message(message: Mapping[str, Any], planner: Planner) -> Call | _Refusal | _Cancel:
@@ -173,7 +183,7 @@ def _take_in(inbox: Inbox, batcher: Batcher, answers: Answers) -> bool:
         if news is None:
             return False
         if isinstance(news, _Refusal):
-            answers.fail(news.id, INVALID, news.message)
+            answers.fail(news.id, news.code, news.message)
         elif isinstance(news, _Cancel):
             for index in answers.indices(news.id):
                 batcher.cancel(index)
