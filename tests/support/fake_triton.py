@@ -29,7 +29,7 @@ class RefusalError(Exception):
 
 @dataclass
 class FakeTriton(service.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """``answer`` makes responses, tensors by name, of a request's tensors."""
+    """``answer`` makes responses, tensors by name, of a request's tensors; ``error`` is one without a status."""
 
     answer: Answer
     is_ready: bool = True
@@ -50,7 +50,10 @@ class FakeTriton(service.GRPCInferenceServiceServicer):  # type: ignore[misc]
             self.asked.append(tensors)
             try:
                 for outputs in self.answer(tensors):
-                    yield messages.ModelStreamInferResponse(infer_response=_response(outputs))
+                    if "error" in outputs:
+                        yield messages.ModelStreamInferResponse(error_message=outputs["error"])
+                    else:
+                        yield messages.ModelStreamInferResponse(infer_response=_response(outputs))
             except RefusalError as error:
                 context.abort(error.status, str(error))
 

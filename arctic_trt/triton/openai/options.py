@@ -22,6 +22,6 @@ class OpenAiOptions:
     port: int = 9000
     api_key: str | None = field(default=None, repr=False)
     max_request_bytes: int = 4 << 20
-    max_concurrent: int = 256
+    max_concurrent: int = 512
     body_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0

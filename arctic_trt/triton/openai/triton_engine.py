@@ -24,7 +24,7 @@ KINDS: Mapping[str, FailureKind] = {
     "DEADLINE_EXCEEDED": "unavailable",
 }
 READY_TIMEOUT_S = 5.0
-QUEUE_FULL = "Exceeds maximum queue size"
+QUEUE_FULL, QUEUE_LEFT = "Exceeds maximum queue size", "Request timeout expired"
 INPUTS = {tensor.name: tensor for tensor in CLIENT_INPUTS}
 TENSOR_OF_FIELD = {tensor.field: tensor.name for tensor in reversed(PARAMETERS) if tensor.field}
 
@@ -45,12 +45,12 @@ class TritonEngine:
         call = self._client.stream_infer(_once(request), headers=STATUS_AS_SUCH)
         try:
             async for result, error in call:
-                if error is not None:
-                    raise EngineError("internal", error.message())
+                if error is not None:  # of the queue, which has no status
+                    raise failure("INTERNAL", error.message())
                 for chunk in chunks_of(result.as_numpy):
                     yield chunk
         except grpc.RpcError as error:
-            raise failure(error.code().name, error.details() or "", self._url) from None
+            raise failure(error.code().name, error.details() or "") from None
         finally:
             call.cancel()
 
@@ -136,12 +136,14 @@ def parse_logprobs(data: bytes) -> tuple[NamedLogprobs, ...] | None:
     )
 
 
-def failure(status: str, message: str, url: str) -> EngineError:
+def failure(status: str, message: str) -> EngineError:
     """The error that a stream ended with, by the name of its gRPC status."""
     if QUEUE_FULL in message:
         return EngineError("busy", "The queue is full; ask again.")
+    if QUEUE_LEFT in message:
+        return EngineError("unavailable", "The request has waited in the queue for too long; ask again.")
     if status == "UNAVAILABLE" and "connect" in message:
-        return EngineError("unavailable", f"Triton at {url} does not answer; ask again.")
+        return EngineError("unavailable", "The engine does not answer; ask again.")
     return EngineError(KINDS.get(status, "internal"), message)
 
 
