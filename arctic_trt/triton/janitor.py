@@ -53,7 +53,7 @@ def clear_up(name: str, directory: Path, shared_memory: Path = SHARED_MEMORY) ->
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.02)
-    for path in (directory, *shared_memory.glob(f"{name}*")):
+    for path in (*shared_memory.glob(f"{name}*"), directory):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
