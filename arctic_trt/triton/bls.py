@@ -1,0 +1,140 @@
+"""The model ``arctic_bls``: text in, text out, with ``arctic`` in between, in one request that a client can cancel."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arctic_trt.errors import UsageError
+from arctic_trt.triton.control import control_path, send_cancel
+from arctic_trt.triton.names import ENGINE
+from arctic_trt.triton.slots import Slots
+from arctic_trt.triton.tensors import (
+    ABOUT,
+    CLIENT_INPUTS,
+    ENGINE_OUTPUTS,
+    PARAMETERS,
+    TOKEN_IDS,
+    Array,
+    inner_name,
+    read_values,
+    refuse_unknown,
+)
+from arctic_trt.triton.text import Texts, prompt_arrays
+from arctic_trt.triton.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """A request of a client's; ``id`` is what ``arctic`` knows it by."""
+
+    sender: Any
+    arrays: dict[str, Array]
+    choices: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    deadline: float = math.inf  # which is kept at arctic
+
+    def is_cancelled(self) -> bool:
+        return bool(self.sender.is_cancelled())
+
+
+class Bls:
+    """``triton`` is the module ``triton_python_backend_utils``, ``config`` the model's configuration as JSON has it."""
+
+    def __init__(self, triton: Any, config: Mapping[str, Any]) -> None:
+        self._triton = triton
+        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._texts = Texts(Path(settings["tokenizer_dir"]))
+        capacity = int(settings["capacity"])
+        self._slots = Slots(capacity)
+        self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="request")  # Triton has each wait for its responses
+        self._control = control_path(os.getppid())
+        self._watch: Watch[Asked] = Watch(lambda asked: send_cancel(self._control, asked.id), lambda asked: None)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Let ``requests`` in; returns when there is room for another one."""
+        for request in requests:
+            sender = request.get_response_sender()
+            if sender.is_cancelled():  # while it was waiting
+                self._end(sender)
+                continue
+            try:
+                self._take_in(request, sender)
+            except UsageError as error:
+                self._refuse(sender, self._triton.TritonError(str(error), self._triton.TritonError.INVALID_ARG))
+        self._slots.wait_for_room()
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._watch.close()
+
+    def _take_in(self, request: Any, sender: Any) -> None:
+        refuse_unknown(request.parameters())
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        values = read_values(arrays, CLIENT_INPUTS)
+        asked = Asked(sender, arrays, max(1, values.get("num_return_sequences", 1)))
+        self._slots.take(asked.choices)
+        self._threads.submit(self._serve, asked, values)
+
+    def _serve(self, asked: Asked, values: dict[str, Any]) -> None:
+        self._watch.add(asked)
+        try:
+            inner = {**prompt_arrays(self._texts.prompt_ids(values)), **engine_arrays(asked.arrays)}
+            self._relay(asked, inner)
+        except UsageError as error:
+            self._refuse(asked.sender, self._triton.TritonError(str(error), self._triton.TritonError.INVALID_ARG))
+        except Exception as error:
+            logger.exception("A request was lost.")
+            self._refuse(asked.sender, self._triton.TritonError(f"The request was lost ({error}), ask again."))
+        finally:
+            self._watch.remove(asked)
+            self._slots.release(asked.choices)
+
+    def _relay(self, asked: Asked, inner: Mapping[str, Array]) -> None:
+        """Ask ``arctic`` and hand on what it says, as text."""
+        request = self._triton.InferenceRequest(
+            model_name=ENGINE,
+            request_id=asked.id,
+            inputs=[self._triton.Tensor(name, array) for name, array in inner.items()],
+            requested_output_names=[inner_name(tensor) for tensor in ENGINE_OUTPUTS],
+        )
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                self._refuse(asked.sender, response.error())
+                return
+            if response.output_tensors():
+                arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+                tensors = [self._triton.Tensor(name, array) for name, array in self._outputs(arrays).items()]
+                asked.sender.send(self._triton.InferenceResponse(output_tensors=tensors))
+        self._end(asked.sender)
+
+    def _outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        about = {tensor.name: arrays[inner_name(tensor)] for tensor in (*ABOUT, TOKEN_IDS)}
+        return {**about, **self._texts.outputs(arrays)}
+
+    def _end(self, sender: Any) -> None:
+        sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _refuse(self, sender: Any, error: Any) -> None:
+        response = self._triton.InferenceResponse(error=error)
+        sender.send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def engine_arrays(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Of a client's tensors those that ``arctic`` takes as they are, by their names there."""
+    return {inner_name(tensor): arrays[tensor.name] for tensor in PARAMETERS if tensor.name in arrays}
+
+
+def open_bls(triton: Any, args: Mapping[str, str]) -> Bls:
+    """The model of Triton's arguments to ``initialize``."""
+    return Bls(triton, json.loads(args["model_config"]))

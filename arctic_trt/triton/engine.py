@@ -1,0 +1,215 @@
+"""The model ``arctic``: the leader of the ranks. Requests come from Triton, answers from the ranks; one thread sends them.
+
+It lets in as many sequences as the engine batches and then keeps Triton waiting, so that whoever else comes stands in Triton's
+queue, where its limits, priorities and timeouts apply.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arctic_trt.errors import UsageError
+from arctic_trt.runtime.service.calls import Call
+from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, failure
+from arctic_trt.triton.answers import Answers
+from arctic_trt.triton.control import Listener, control_path
+from arctic_trt.triton.gate import ADDRESS, Gate
+from arctic_trt.triton.metrics import Metrics
+from arctic_trt.triton.outbox import Outbox
+from arctic_trt.triton.slots import Slots
+from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, plan_ask, read_values, refuse_unknown, unpadded
+from arctic_trt.triton.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+METRICS_PERIOD_S = 1.0
+DRAIN_S = 60.0
+LATE = "late"
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """A request of Triton's under way at the ranks; ``sender`` is Triton's, ``open`` until its last response is sent."""
+
+    id: str
+    sender: Any
+    answers: Answers
+    deadline: float
+    call: Call | None = None
+    open: bool = True
+
+    def is_cancelled(self) -> bool:
+        return bool(self.sender.is_cancelled())
+
+
+class Engine:
+    """``triton`` is the module ``triton_python_backend_utils``, ``config`` the model's configuration as JSON has it."""
+
+    def __init__(self, triton: Any, config: dict[str, Any]) -> None:
+        """Start the ranks and wait until they are ready; raises as :meth:`WorkerGroup.start` does."""
+        self._triton = triton
+        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._timeout_s = float(settings.get("request_timeout_s", math.inf))
+        self._echo = settings["exclude_input_in_output"] == "false"
+        self._slots = Slots(int(settings["capacity"]))
+        self._outbox: Outbox[Asked, Event] = Outbox()
+        self._under_way: dict[int, Asked] = {}
+        self._gate = self._find_gate()
+        self._group = WorkerGroup(group_options(settings), on_state=self._on_state)
+        self._group.start()
+        self._metrics = Metrics(triton)
+        self._closed = threading.Event()
+        self._watch: Watch[Asked] = Watch(self._cancel, self._late)
+        self._listener = Listener(control_path(os.getppid()), self._cancel_id)
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Let ``requests`` in; returns when there is room for another one."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._take_in(request, sender)
+            except UsageError as error:
+                self._refuse(sender, str(error), INVALID)
+        self._slots.wait_for_room()
+
+    def close(self) -> None:
+        """Wait for what is under way, then end the ranks."""
+        self._group.close(DRAIN_S)
+        self._outbox.close()
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
+        self._watch.close()
+        self._listener.close()
+        if self._gate:
+            self._gate.close()
+
+    def _take_in(self, request: Any, sender: Any) -> None:
+        refuse_unknown(request.parameters())
+        values = read_values({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, ENGINE_INPUTS, inner=True)
+        if values.get(STOP.name):
+            self._cancel_id(request.request_id())
+            sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            return
+        if sender.is_cancelled():  # while it was waiting
+            sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            return
+        self._begin(request.request_id(), sender, plan_ask(values, unpadded(values), echo=self._echo))
+
+    def _begin(self, request_id: str, sender: Any, ask: Ask) -> None:
+        asked = Asked(request_id, sender, Answers(ask), time.monotonic() + self._timeout_s)
+        self._under_way[id(asked)] = asked
+        self._slots.take(ask.choices)
+        self._watch.add(asked)
+        asked.call = self._group.submit(ask.body, lambda event: self._outbox.put(asked, event), end_ids=ask.end_ids)
+
+    def _refuse(self, sender: Any, message: str, code: str) -> None:
+        codes = {INVALID: "INVALID_ARG", UNAVAILABLE: "UNAVAILABLE", LATE: "UNAVAILABLE"}
+        error = self._triton.TritonError(message, getattr(self._triton.TritonError, codes.get(code, "INTERNAL")))
+        # with the flag, or an ensemble never hears of the end
+        sender.send(self._triton.InferenceResponse(error=error), flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _send(self) -> None:
+        """In a thread of its own, so that no client keeps the ranks' news from another."""
+        while (news := self._outbox.take()) is not None:
+            for asked, events in news.items():
+                try:
+                    self._answer(asked, events)
+                except Exception:
+                    logger.exception("The answer to request %r was lost.", asked.id)
+                    asked.open = False
+                    self._cancel(asked)
+                if events[-1].final:
+                    self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
+                    self._forget(asked)
+
+    def _answer(self, asked: Asked, events: list[Event]) -> None:
+        if not asked.open:
+            return
+        final = events[-1].final
+        failed = next((event for event in events if event.error is not None), None)
+        if failed is not None:
+            asked.open = False
+            self._refuse(asked.sender, in_tensors(failed.error or ""), failed.code or INTERNAL)
+            if failed.code == LATE:
+                self._cancel(asked)
+            return
+        responses = asked.answers.take(events)
+        for number, arrays in enumerate(responses, 1):
+            tensors = [self._triton.Tensor(name, array) for name, array in arrays.items()]
+            last = final and number == len(responses)
+            flags = self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+            asked.sender.send(self._triton.InferenceResponse(output_tensors=tensors), flags=flags)
+
+    def _forget(self, asked: Asked) -> None:
+        self._watch.remove(asked)
+        self._under_way.pop(id(asked), None)
+        self._slots.release(asked.answers.ask.choices)
+
+    def _cancel(self, asked: Asked) -> None:
+        if asked.call is not None:  # else at the next look
+            asked.call.cancel()
+
+    def _cancel_id(self, request_id: str) -> None:
+        for asked in list(self._under_way.values()):
+            if request_id and asked.id == request_id:
+                self._cancel(asked)
+
+    def _late(self, asked: Asked) -> None:
+        message = f"The request took longer than request_timeout {self._timeout_s:g} s."
+        self._outbox.put(asked, failure(0, LATE, message))
+
+    def _find_gate(self) -> Gate | None:
+        address = os.environ.get(ADDRESS)
+        if not address:
+            logger.warning("%s is not set: the server calls itself ready also when the ranks are down.", ADDRESS)
+        return Gate(address) if address else None
+
+    def _on_state(self, state: str) -> None:
+        logger.info("The ranks are %s.", state)
+        if self._gate and state in (UP, DOWN):
+            self._gate.move(state == UP)
+
+    def _measure(self) -> None:
+        while not self._closed.wait(METRICS_PERIOD_S):
+            try:
+                self._metrics.update({**asdict(self._group.stats), "up": float(self._group.state == UP)})
+            except Exception:
+                logger.exception("Metrics could not be updated.")
+
+
+def group_options(settings: dict[str, str]) -> GroupOptions:
+    """What the model's parameters say about the ranks."""
+    blocks = settings.get("max_tokens_in_paged_kv_cache")
+    return GroupOptions(
+        engine_dir=Path(settings["engine_dir"]),
+        tokenizer_dir=Path(settings["tokenizer_dir"]),
+        world_size=int(settings["world_size"]),
+        kv_cache_memory=settings.get("kv_cache_memory"),
+        max_tokens_in_paged_kv_cache=None if blocks is None else int(blocks),
+    )
+
+
+def in_tensors(message: str) -> str:
+    """An error that names the fields of a batch job's line, in the names of tensors."""
+    return message
+
+
+def open_engine(triton: Any, args: dict[str, str]) -> Engine:
+    """The engine of Triton's arguments to ``initialize``."""
+    return Engine(triton, json.loads(args["model_config"]))
