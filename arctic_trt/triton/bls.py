@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from arctic_trt.errors import UsageError
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID
 from arctic_trt.triton.control import control_path, send_cancel
 from arctic_trt.triton.names import ENGINE
 from arctic_trt.triton.slots import Slots
+from arctic_trt.triton.stub import Stub, arrays_of, settings_of
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
@@ -49,11 +50,11 @@ class Asked:
 
 
 class Bls:
-    """``triton`` is the module ``triton_python_backend_utils``, ``config`` the model's configuration as JSON has it."""
+    """``triton`` and ``args`` are what a model of Triton's has: its Python interface, and the arguments to ``initialize``."""
 
-    def __init__(self, triton: Any, config: Mapping[str, Any]) -> None:
-        self._triton = triton
-        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
+    def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
+        self._stub = Stub(triton)
+        settings = settings_of(args)
         self._texts = Texts(Path(settings["tokenizer_dir"]))
         capacity = int(settings["capacity"])
         self._slots = Slots(capacity)
@@ -66,12 +67,12 @@ class Bls:
         for request in requests:
             sender = request.get_response_sender()
             if sender.is_cancelled():  # while it was waiting
-                self._end(sender)
+                self._stub.end(sender)
                 continue
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                self._refuse(sender, self._triton.TritonError(str(error), self._triton.TritonError.INVALID_ARG))
+                self._stub.send(sender, self._stub.refusal(str(error), INVALID), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ class Bls:
 
     def _take_in(self, request: Any, sender: Any) -> None:
         refuse_unknown(request.parameters())
-        arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        arrays = arrays_of(request)
         values = read_values(arrays, CLIENT_INPUTS)
         asked = Asked(sender, arrays, max(1, values.get("num_return_sequences", 1)))
         self._slots.take(asked.choices)
@@ -92,49 +93,36 @@ class Bls:
             inner = {**prompt_arrays(self._texts.prompt_ids(values)), **engine_arrays(asked.arrays)}
             self._relay(asked, inner)
         except UsageError as error:
-            self._refuse(asked.sender, self._triton.TritonError(str(error), self._triton.TritonError.INVALID_ARG))
+            self._stub.send(asked.sender, self._stub.refusal(str(error), INVALID), last=True)
         except Exception as error:
             logger.exception("A request was lost.")
-            self._refuse(asked.sender, self._triton.TritonError(f"The request was lost ({error}), ask again."))
+            self._stub.send(asked.sender, self._stub.refusal(f"The request was lost ({error}).", INTERNAL), last=True)
         finally:
             self._watch.remove(asked)
             self._slots.release(asked.choices)
 
     def _relay(self, asked: Asked, inner: Mapping[str, Array]) -> None:
         """Ask ``arctic`` and hand on what it says, as text."""
-        request = self._triton.InferenceRequest(
+        request = self._stub.triton.InferenceRequest(
             model_name=ENGINE,
             request_id=asked.id,
-            inputs=[self._triton.Tensor(name, array) for name, array in inner.items()],
+            inputs=self._stub.tensors(inner),
             requested_output_names=[inner_name(tensor) for tensor in ENGINE_OUTPUTS],
         )
         for response in request.exec(decoupled=True):
             if response.has_error():
-                self._refuse(asked.sender, response.error())
+                self._stub.send(asked.sender, self._stub.triton.InferenceResponse(error=response.error()), last=True)
                 return
             if response.output_tensors():
                 arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-                tensors = [self._triton.Tensor(name, array) for name, array in self._outputs(arrays).items()]
-                asked.sender.send(self._triton.InferenceResponse(output_tensors=tensors))
-        self._end(asked.sender)
+                self._stub.send(asked.sender, self._stub.response(self._outputs(arrays)))
+        self._stub.end(asked.sender)
 
     def _outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         about = {tensor.name: arrays[inner_name(tensor)] for tensor in (*ABOUT, TOKEN_IDS)}
         return {**about, **self._texts.outputs(arrays)}
 
-    def _end(self, sender: Any) -> None:
-        sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _refuse(self, sender: Any, error: Any) -> None:
-        response = self._triton.InferenceResponse(error=error)
-        sender.send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
 
 def engine_arrays(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Of a client's tensors those that ``arctic`` takes as they are, by their names there."""
     return {inner_name(tensor): arrays[tensor.name] for tensor in PARAMETERS if tensor.name in arrays}
-
-
-def open_bls(triton: Any, args: Mapping[str, str]) -> Bls:
-    """The model of Triton's arguments to ``initialize``."""
-    return Bls(triton, json.loads(args["model_config"]))

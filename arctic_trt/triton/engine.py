@@ -6,13 +6,12 @@ queue, where its limits, priorities and timeouts apply.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,21 @@ from typing import Any
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, failure
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event
 from arctic_trt.triton.answers import Answers
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import ADDRESS, Gate
 from arctic_trt.triton.metrics import Metrics
 from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, plan_ask, read_values, refuse_unknown, unpadded
+from arctic_trt.triton.stub import Stub, arrays_of, settings_of
+from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, in_tensors, plan_ask, read_values, refuse_unknown, unpadded
 from arctic_trt.triton.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 METRICS_PERIOD_S = 1.0
 DRAIN_S = 60.0
-LATE = "late"
 
 
 @dataclass(eq=False, slots=True)
@@ -53,12 +52,12 @@ class Asked:
 
 
 class Engine:
-    """``triton`` is the module ``triton_python_backend_utils``, ``config`` the model's configuration as JSON has it."""
+    """``triton`` and ``args`` are what a model of Triton's has: its Python interface, and the arguments to ``initialize``."""
 
-    def __init__(self, triton: Any, config: dict[str, Any]) -> None:
+    def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
         """Start the ranks and wait until they are ready; raises as :meth:`WorkerGroup.start` does."""
-        self._triton = triton
-        settings = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._stub = Stub(triton)
+        settings = settings_of(args)
         self._timeout_s = float(settings.get("request_timeout_s", math.inf))
         self._echo = settings["exclude_input_in_output"] == "false"
         self._slots = Slots(int(settings["capacity"]))
@@ -84,7 +83,7 @@ class Engine:
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                self._refuse(sender, str(error), INVALID)
+                self._stub.send(sender, self._stub.refusal(str(error), INVALID), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -101,15 +100,14 @@ class Engine:
 
     def _take_in(self, request: Any, sender: Any) -> None:
         refuse_unknown(request.parameters())
-        values = read_values({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, ENGINE_INPUTS, inner=True)
+        values = read_values(arrays_of(request), ENGINE_INPUTS, inner=True)
         if values.get(STOP.name):
             self._cancel_id(request.request_id())
-            sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            return
-        if sender.is_cancelled():  # while it was waiting
-            sender.send(flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            return
-        self._begin(request.request_id(), sender, plan_ask(values, unpadded(values), echo=self._echo))
+            self._stub.end(sender)
+        elif sender.is_cancelled():  # while it was waiting
+            self._stub.end(sender)
+        else:
+            self._begin(request.request_id(), sender, plan_ask(values, unpadded(values), echo=self._echo))
 
     def _begin(self, request_id: str, sender: Any, ask: Ask) -> None:
         asked = Asked(request_id, sender, Answers(ask), time.monotonic() + self._timeout_s)
@@ -117,12 +115,6 @@ class Engine:
         self._slots.take(ask.choices)
         self._watch.add(asked)
         asked.call = self._group.submit(ask.body, lambda event: self._outbox.put(asked, event), end_ids=ask.end_ids)
-
-    def _refuse(self, sender: Any, message: str, code: str) -> None:
-        codes = {INVALID: "INVALID_ARG", UNAVAILABLE: "UNAVAILABLE", LATE: "UNAVAILABLE"}
-        error = self._triton.TritonError(message, getattr(self._triton.TritonError, codes.get(code, "INTERNAL")))
-        # with the flag, or an ensemble never hears of the end
-        sender.send(self._triton.InferenceResponse(error=error), flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _send(self) -> None:
         """In a thread of its own, so that no client keeps the ranks' news from another."""
@@ -145,16 +137,14 @@ class Engine:
         failed = next((event for event in events if event.error is not None), None)
         if failed is not None:
             asked.open = False
-            self._refuse(asked.sender, in_tensors(failed.error or ""), failed.code or INTERNAL)
-            if failed.code == LATE:
+            refusal = self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL)
+            self._stub.send(asked.sender, refusal, last=True)
+            if not failed.final:  # it took too long, and still does
                 self._cancel(asked)
             return
         responses = asked.answers.take(events)
         for number, arrays in enumerate(responses, 1):
-            tensors = [self._triton.Tensor(name, array) for name, array in arrays.items()]
-            last = final and number == len(responses)
-            flags = self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-            asked.sender.send(self._triton.InferenceResponse(output_tensors=tensors), flags=flags)
+            self._stub.send(asked.sender, self._stub.response(arrays), last=final and number == len(responses))
 
     def _forget(self, asked: Asked) -> None:
         self._watch.remove(asked)
@@ -171,8 +161,8 @@ class Engine:
                 self._cancel(asked)
 
     def _late(self, asked: Asked) -> None:
-        message = f"The request took longer than request_timeout {self._timeout_s:g} s."
-        self._outbox.put(asked, failure(0, LATE, message))
+        message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
+        self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _find_gate(self) -> Gate | None:
         address = os.environ.get(ADDRESS)
@@ -203,13 +193,3 @@ def group_options(settings: dict[str, str]) -> GroupOptions:
         kv_cache_memory=settings.get("kv_cache_memory"),
         max_tokens_in_paged_kv_cache=None if blocks is None else int(blocks),
     )
-
-
-def in_tensors(message: str) -> str:
-    """An error that names the fields of a batch job's line, in the names of tensors."""
-    return message
-
-
-def open_engine(triton: Any, args: dict[str, str]) -> Engine:
-    """The engine of Triton's arguments to ``initialize``."""
-    return Engine(triton, json.loads(args["model_config"]))

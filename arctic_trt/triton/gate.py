@@ -86,8 +86,3 @@ class Gate:
 def shut_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` of the gate, as JSON has it, with which it does not load."""
     return {**config, "parameters": {**config["parameters"], STATE: {"string_value": DOWN}}}
-
-
-def is_shut(config: Mapping[str, Any]) -> bool:
-    """Whether a gate with ``config`` is not to load."""
-    return bool(config["parameters"][STATE]["string_value"] == DOWN)

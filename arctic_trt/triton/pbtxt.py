@@ -1,4 +1,4 @@
-"""Protobuf's text format, in which Triton wants ``config.pbtxt``: written from plain values, so that nothing is left to fill in."""
+"""Protobuf's text format, in which Triton wants ``config.pbtxt``, written from plain values: there is nothing to fill in."""
 
 from __future__ import annotations
 

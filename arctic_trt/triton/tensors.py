@@ -5,6 +5,7 @@ Names are those of TensorRT-LLM's Triton backend, so that its clients work uncha
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ PIECES = (
 """What detokenization needs besides the tokens; between our models only."""
 CLIENT_INPUTS = (*PROMPTS, *PARAMETERS)
 CLIENT_OUTPUTS = (TEXT_OUTPUT, *ABOUT, TOKEN_IDS, TOP)
+TENSOR_OF_FIELD = {"logprobs": "top_logprobs", **{tensor.field: tensor.name for tensor in PARAMETERS if tensor.field}}
 ENGINE_INPUTS = (PROMPTS[2], LENGTHS, *PARAMETERS, STOP)
 ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP)
 
@@ -142,11 +144,12 @@ def refuse_unknown(parameters: str) -> None:
     """Raise :class:`UsageError` for what ``generate`` could not make a tensor of: JSON as Triton gives a request's parameters."""
     names = sorted(json.loads(parameters or "{}"))
     if names:
-        raise UsageError(f"The parameter {names[0]!r} is not known.", f"Known are {', '.join(t.name for t in CLIENT_INPUTS)}.")
+        close = difflib.get_close_matches(names[0], [tensor.name for tensor in (*CLIENT_INPUTS, *ENGINE_INPUTS)], n=1)
+        raise UsageError(f"The parameter {names[0]!r} is not known.", f"Did you mean {close[0]!r}?" if close else "Leave it out.")
 
 
 def plan_ask(values: Values, prompt: list[int], *, echo: bool) -> Ask:
-    """What ``values`` ask for after the token ids ``prompt``; ``echo`` is for requests that do not say. Raises :class:`UsageError`."""
+    """What ``values`` ask for after the token ids ``prompt``; ``echo`` is if they do not say. Raises :class:`UsageError`."""
     body: dict[str, Any] = {"prompt": prompt}
     for tensor in PARAMETERS:
         if tensor.field and tensor.name in values:
@@ -168,6 +171,12 @@ def plan_ask(values: Values, prompt: list[int], *, echo: bool) -> Ask:
         echo=not values["exclude_input_in_output"] if "exclude_input_in_output" in values else echo,
         pad=values.get("pad_id", 0),
     )
+
+
+def in_tensors(message: str) -> str:
+    """An error about a field of a batch job's line, in the name of the tensor that it came from."""
+    first, space, rest = message.partition(" ")
+    return TENSOR_OF_FIELD.get(first, first) + space + rest
 
 
 def unpadded(values: Values) -> list[int]:

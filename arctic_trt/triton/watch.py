@@ -16,7 +16,7 @@ class Watched(Protocol):
 
     deadline: float
 
-    def is_cancelled(self) -> bool: ...  # noqa: D102
+    def is_cancelled(self) -> bool: ...
 
 
 Request = TypeVar("Request", bound=Watched)

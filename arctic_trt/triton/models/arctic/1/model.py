@@ -1,18 +1,20 @@
 """The engine: this process leads its ranks. See :mod:`arctic_trt.triton.engine`."""
 
+from typing import Any
+
 import triton_python_backend_utils as triton
 
-from arctic_trt.triton.engine import open_engine
+from arctic_trt.triton.engine import Engine
 
 
 class TritonPythonModel:
     """What Triton calls."""
 
-    def initialize(self, args):
-        self.engine = open_engine(triton, args)
+    def initialize(self, args: dict[str, str]) -> None:
+        self.model = Engine(triton, args)
 
-    def execute(self, requests):
-        self.engine.execute(requests)
+    def execute(self, requests: list[Any]) -> None:
+        self.model.execute(requests)
 
-    def finalize(self):
-        self.engine.close()
+    def finalize(self) -> None:
+        self.model.close()
