@@ -17,7 +17,7 @@ from arctic_trt.runtime.service.protocol import INTERNAL, INVALID
 from arctic_trt.triton.control import control_path, send_cancel
 from arctic_trt.triton.names import ENGINE
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Stub, arrays_of, settings_of
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, settings_of
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 class Asked:
     """A request of a client's; ``id`` is what ``arctic`` knows it by."""
 
-    sender: Any
+    sender: Sender
     arrays: dict[str, Array]
     choices: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline: float = math.inf  # which is kept at arctic
 
     def is_cancelled(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        return self.sender.is_cancelled()
 
 
 class Bls:
@@ -65,21 +65,21 @@ class Bls:
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = Sender(self._stub.triton, request)
             if sender.is_cancelled():  # while it was waiting
-                self._stub.end(sender)
+                sender.end()
                 continue
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                self._stub.send(sender, self._stub.refusal(str(error), INVALID), last=True)
+                sender.send(self._stub.refusal(str(error), INVALID), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
         self._threads.shutdown()
         self._watch.close()
 
-    def _take_in(self, request: Any, sender: Any) -> None:
+    def _take_in(self, request: Any, sender: Sender) -> None:
         refuse_unknown(request.parameters())
         arrays = arrays_of(request)
         values = read_values(arrays, CLIENT_INPUTS)
@@ -93,10 +93,10 @@ class Bls:
             inner = {**prompt_arrays(self._texts.prompt_ids(values)), **engine_arrays(asked.arrays)}
             self._relay(asked, inner)
         except UsageError as error:
-            self._stub.send(asked.sender, self._stub.refusal(str(error), INVALID), last=True)
+            asked.sender.send(self._stub.refusal(str(error), INVALID), last=True)
         except Exception as error:
             logger.exception("A request was lost.")
-            self._stub.send(asked.sender, self._stub.refusal(f"The request was lost ({error}).", INTERNAL), last=True)
+            asked.sender.send(self._stub.refusal(f"The request was lost ({error}).", INTERNAL), last=True)
         finally:
             self._watch.remove(asked)
             self._slots.release(asked.choices)
@@ -111,12 +111,12 @@ class Bls:
         )
         for response in request.exec(decoupled=True):
             if response.has_error():
-                self._stub.send(asked.sender, self._stub.triton.InferenceResponse(error=response.error()), last=True)
+                asked.sender.send(self._stub.triton.InferenceResponse(error=response.error()), last=True)
                 return
             if response.output_tensors():
                 arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-                self._stub.send(asked.sender, self._stub.response(self._outputs(arrays)))
-        self._stub.end(asked.sender)
+                asked.sender.send(self._stub.response(self._outputs(arrays)))
+        asked.sender.end()
 
     def _outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         about = {tensor.name: arrays[inner_name(tensor)] for tensor in (*ABOUT, TOKEN_IDS)}

@@ -26,7 +26,7 @@ from arctic_trt.triton.gate import ADDRESS, Gate
 from arctic_trt.triton.metrics import Metrics
 from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Stub, arrays_of, settings_of
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, settings_of
 from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, in_tensors, plan_ask, read_values, refuse_unknown, unpadded
 from arctic_trt.triton.watch import Watch
 
@@ -38,17 +38,16 @@ DRAIN_S = 60.0
 
 @dataclass(eq=False, slots=True)
 class Asked:
-    """A request of Triton's under way at the ranks; ``sender`` is Triton's, ``open`` until its last response is sent."""
+    """A request of Triton's under way at the ranks."""
 
     id: str
-    sender: Any
+    sender: Sender
     answers: Answers
     deadline: float
     call: Call | None = None
-    open: bool = True
 
     def is_cancelled(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        return self.sender.is_cancelled()
 
 
 class Engine:
@@ -79,11 +78,11 @@ class Engine:
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = Sender(self._stub.triton, request)
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                self._stub.send(sender, self._stub.refusal(str(error), INVALID), last=True)
+                sender.send(self._stub.refusal(str(error), INVALID), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -98,18 +97,18 @@ class Engine:
         if self._gate:
             self._gate.close()
 
-    def _take_in(self, request: Any, sender: Any) -> None:
+    def _take_in(self, request: Any, sender: Sender) -> None:
         refuse_unknown(request.parameters())
         values = read_values(arrays_of(request), ENGINE_INPUTS, inner=True)
         if values.get(STOP.name):
             self._cancel_id(request.request_id())
-            self._stub.end(sender)
+            sender.end()
         elif sender.is_cancelled():  # while it was waiting
-            self._stub.end(sender)
+            sender.end()
         else:
             self._begin(request.request_id(), sender, plan_ask(values, unpadded(values), echo=self._echo))
 
-    def _begin(self, request_id: str, sender: Any, ask: Ask) -> None:
+    def _begin(self, request_id: str, sender: Sender, ask: Ask) -> None:
         asked = Asked(request_id, sender, Answers(ask), time.monotonic() + self._timeout_s)
         self._under_way[id(asked)] = asked
         self._slots.take(ask.choices)
@@ -124,27 +123,23 @@ class Engine:
                     self._answer(asked, events)
                 except Exception:
                     logger.exception("The answer to request %r was lost.", asked.id)
-                    asked.open = False
+                    asked.sender.send(self._stub.refusal("The answer was lost.", INTERNAL), last=True)
                     self._cancel(asked)
                 if events[-1].final:
                     self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
                     self._forget(asked)
 
     def _answer(self, asked: Asked, events: list[Event]) -> None:
-        if not asked.open:
-            return
         final = events[-1].final
         failed = next((event for event in events if event.error is not None), None)
         if failed is not None:
-            asked.open = False
-            refusal = self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL)
-            self._stub.send(asked.sender, refusal, last=True)
+            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
             if not failed.final:  # it took too long, and still does
                 self._cancel(asked)
             return
         responses = asked.answers.take(events)
         for number, arrays in enumerate(responses, 1):
-            self._stub.send(asked.sender, self._stub.response(arrays), last=final and number == len(responses))
+            asked.sender.send(self._stub.response(arrays), last=final and number == len(responses))
 
     def _forget(self, asked: Asked) -> None:
         self._watch.remove(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ class Stub:
 
     def __init__(self, triton: Any) -> None:
         self.triton = triton
-        self._final = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
     def response(self, arrays: Mapping[str, Array]) -> Any:
         """A response with ``arrays`` by their names."""
@@ -32,13 +32,38 @@ class Stub:
         """``arrays`` as Triton has them."""
         return [self.triton.Tensor(name, array) for name, array in arrays.items()]
 
-    def send(self, sender: Any, response: Any, *, last: bool = False) -> None:
-        """A response of several. An error is always the last: sent without the flag, an ensemble would never hear of the end."""
-        sender.send(response, flags=self._final if last else 0)
 
-    def end(self, sender: Any) -> None:
-        """Nothing more."""
-        sender.send(flags=self._final)
+class Sender:
+    """Where the responses to ``request`` go; safe to use from several threads.
+
+    To ask for a request's cancellation when its last response is out takes the server down, so that no two calls overlap, and
+    those behind the last response have no effect.
+    """
+
+    def __init__(self, triton: Any, request: Any) -> None:
+        self._sender = request.get_response_sender()
+        self._final = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._open = True
+        self._lock = threading.Lock()
+
+    def send(self, response: Any, *, last: bool = False) -> None:
+        """Send one of several. An error has to be the last: an ensemble would never hear of the end from a flag of its own."""
+        with self._lock:
+            if self._open:
+                self._open = not last
+                self._sender.send(response, flags=self._final if last else 0)
+
+    def end(self) -> None:
+        """There is nothing more."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._sender.send(flags=self._final)
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone, or does not want it any more."""
+        with self._lock:
+            return self._open and bool(self._sender.is_cancelled())
 
 
 def arrays_of(message: Any) -> dict[str, Array]:
