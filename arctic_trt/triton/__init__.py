@@ -1,1 +1,1 @@
-"""Serving: a model repository around an engine, and the Triton Inference Server that loads it."""
+"""Serving by Triton Inference Server: the model repository, what runs in it, and the server around it."""
