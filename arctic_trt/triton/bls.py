@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from arctic_trt.errors import UsageError
@@ -55,7 +54,7 @@ class Bls:
     def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
         self._stub = Stub(triton)
         settings = settings_of(args)
-        self._texts = Texts(Path(settings["tokenizer_dir"]))
+        self._texts = Texts(settings)
         capacity = int(settings["capacity"])
         self._slots = Slots(capacity)
         self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="request")  # Triton has each wait for its responses

@@ -74,7 +74,7 @@ def plan_repository(options: RepositoryOptions) -> dict[str, str]:
         raise UsageError(f"{options.tokenizer_dir / FILES[0]} does not exist, so text cannot be served.", "Give --tokenizer_dir.")
     _, mapping, _ = engine.network(str(options.engine_dir / "config.json"))
     capacity = str(engine.build_config.max_batch_size)
-    text = {"tokenizer_dir": str(options.tokenizer_dir.resolve())}
+    text = {"tokenizer_dir": str(options.tokenizer_dir.resolve()), "max_input_len": str(engine.build_config.max_input_len)}
     group = {"engine_dir": str(options.engine_dir.resolve()), **text, "world_size": str(mapping.world_size), "capacity": capacity}
     configs = [
         _model(options, PREPROCESSING, CLIENT_INPUTS, (PROMPTS[2], LENGTHS), text),

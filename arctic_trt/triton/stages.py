@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from arctic_trt.errors import UsageError
@@ -18,7 +17,7 @@ class Preprocessing:
 
     def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
         self._stub = Stub(triton)
-        self._texts = Texts(Path(settings_of(args)["tokenizer_dir"]))
+        self._texts = Texts(settings_of(args))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response for each of ``requests``."""
@@ -38,7 +37,7 @@ class Postprocessing:
 
     def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
         self._stub = Stub(triton)
-        self._texts = Texts(Path(settings_of(args)["tokenizer_dir"]))
+        self._texts = Texts(settings_of(args))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response for each of ``requests``."""

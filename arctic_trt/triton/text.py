@@ -18,15 +18,30 @@ from arctic_trt.triton.tensors import IDS, LENGTHS, MESSAGES, PROMPTS, TEXT, TEX
 
 
 class Texts:
-    """Both ways, by the tokenizer in ``tokenizer_dir``."""
+    """Both ways, by the tokenizer in ``tokenizer_dir``, for an engine's ``max_input_len``; both are parameters of the model."""
 
-    def __init__(self, tokenizer_dir: Path) -> None:
-        self._tokenizer = Tokenizer(tokenizer_dir)
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._tokenizer = Tokenizer(Path(settings["tokenizer_dir"]))
         self._name_of = names_of(self._tokenizer)
+        self._max_input_len = int(settings["max_input_len"])
+        self._longest = max(map(len, self._tokenizer.hf.get_vocab()))
 
     def prompt_ids(self, values: Values) -> list[int]:
         """The token ids that a request's prompt is, in whichever form; raises :class:`UsageError`."""
-        return tokenize(plan_prompt(values), self._tokenizer, chat=False)
+        prompt = plan_prompt(values)
+        self._check_length(prompt)
+        return tokenize(prompt, self._tokenizer, chat=False)
+
+    def _check_length(self, prompt: Prompt) -> None:
+        """Before tokenizing, which takes a minute for what a client sends in a second."""
+        texts = [turn["content"] for turn in prompt.messages or ()] + [prompt.text or ""]
+        characters, most = sum(map(len, texts)), self._max_input_len * self._longest
+        if characters > most:
+            raise UsageError(
+                f"{prompt.where} has {characters} characters, more than {most}, which can never be the {self._max_input_len} tokens "
+                "that the engine was built for (max_input_len).",
+                "Shorten it.",
+            )
 
     def outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The text of a response of ``arctic``, and its likeliest tokens by name."""

@@ -241,22 +241,22 @@ def test_a_killed_rank_costs_what_is_under_way_and_nothing_else(served: Server, 
 
 
 def test_a_full_queue_refuses_and_sigterm_drains(tiny_engine: Path, tmp_path: Path) -> None:
-    """A server of its own, of which everything is gone afterwards."""
-    length = 300
+    """A server of its own, of which nothing is left afterwards."""
+    length, before = 100, leftovers()
     body = {"text_input": "The", "max_tokens": length, "end_id": -1}
-    with serving(tiny_engine, tmp_path, "--max_queue_size", 2, "--drain_timeout", 40) as (process, server):
-        with ThreadPoolExecutor(6 * BATCH) as clients:
-            asked = [clients.submit(server.ask, **body) for _ in range(6 * BATCH)]
+    with serving(tiny_engine, tmp_path, "--max_queue_size", 2, "--drain_timeout", 60) as (process, server):
+        with ThreadPoolExecutor(4 * BATCH) as clients:
+            asked = [clients.submit(server.ask, **body) for _ in range(4 * BATCH)]
             wait_until(lambda: any(each.done() for each in asked), 20, "the queue is full")
             process.send_signal(signal.SIGTERM)
             answers = [each.result(60) for each in asked]
         assert process.wait(60) == 0, server.log.read_text()
-    served_ones = [answer for answer in answers if answer.status == 200]
-    assert len(served_ones) >= BATCH
-    assert all(len(answer.token_ids) == length for answer in served_ones)
+    let_in = [answer for answer in answers if answer.status == 200]
+    assert len(let_in) >= BATCH
+    assert all(len(answer.token_ids) == length for answer in let_in)
     assert {answer.status for answer in answers} - {200} <= {429, 503}
-    assert leftovers(server) == []
+    assert leftovers() <= before
 
 
-def leftovers(server: Server) -> list[str]:
-    return [str(path) for path in Path("/dev/shm").glob("arctic-trt-*")]
+def leftovers() -> set[Path]:
+    return set(Path("/dev/shm").glob("arctic-trt-*"))
