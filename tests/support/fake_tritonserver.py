@@ -1,6 +1,6 @@
 """A tritonserver for tests of its supervision: starts at once, streams numbers, and has stubs that only sleep.
 
-Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` loads for ever,
+Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` never does,
 and a server with ``stuck`` never ends.
 """
 
