@@ -50,7 +50,7 @@ class SectionedCommand(click.Command):
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 records.setdefault(self._sections.get(parameter.name or "", "Options"), []).append(record)
         for title, lines in records.items():
             with formatter.section(title):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.triton.server import KEY_HEADER
@@ -27,20 +25,17 @@ class Admin:
         except (OSError, http.client.HTTPException):
             return False
 
-    def load(self, model: str, config: dict[str, Any] | None = None) -> None:
-        """Load ``model``, perhaps with another ``config`` than its file; returns when it is loaded.
-
-        Raises :class:`ArcticTrtError` with the server's words when it does not load.
-        """
-        self._change(model, "load", {"parameters": {"config": json.dumps(config)}} if config else {})
+    def load(self, model: str) -> None:
+        """Load ``model``, and wait until it is loaded; raises :class:`ArcticTrtError` with the server's words when it is not."""
+        self._change(model, "load")
 
     def unload(self, model: str) -> None:
         """Unload ``model``; raises :class:`ArcticTrtError` when the server does not."""
-        self._change(model, "unload", {})
+        self._change(model, "unload")
 
-    def _change(self, model: str, verb: str, body: dict[str, Any]) -> None:
+    def _change(self, model: str, verb: str) -> None:
         try:
-            status, text = self._ask("POST", f"/v2/repository/models/{model}/{verb}", json.dumps(body))
+            status, text = self._ask("POST", f"/v2/repository/models/{model}/{verb}", "{}")
         except (OSError, http.client.HTTPException) as error:
             raise ArcticTrtError(f"tritonserver did not {verb} {model}: {error or type(error).__name__}.") from None
         if status != http.client.OK:

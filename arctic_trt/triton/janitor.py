@@ -18,7 +18,9 @@ from pathlib import Path
 
 from arctic_trt.triton.server import MARK, SHARED_MEMORY
 
-PATIENCE_S = 10.0
+PATIENCE_S, LOOK_S = 10.0, 0.02
+QUIET_LOOKS = 3
+"""A process that is just being started has no environment for a moment."""
 PROC = Path("/proc")
 
 
@@ -47,13 +49,15 @@ class Janitor:
 
 def clear_up(name: str, directory: Path, shared_memory: Path = SHARED_MEMORY) -> None:
     """Kill the processes of the run ``name``; delete its files in ``shared_memory``, and ``directory``."""
-    give_up_at = time.monotonic() + PATIENCE_S
-    while (left := find_processes(name)) and time.monotonic() < give_up_at:
+    give_up_at, quiet = time.monotonic() + PATIENCE_S, 0
+    while quiet < QUIET_LOOKS and time.monotonic() < give_up_at:
+        left = find_processes(name)
+        quiet = 0 if left else quiet + 1
         for process in left:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        time.sleep(0.02)
-    for path in (directory, *shared_memory.glob(f"{name}*")):
+        time.sleep(LOOK_S)
+    for path in (*shared_memory.glob(f"{name}*"), directory):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

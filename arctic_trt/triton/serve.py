@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ class ServeOptions:
     model_repo: Path
     ranks: int
     endpoints: Endpoints
-    gateway: Mapping[str, Any]
+    gateway: Mapping[str, Any] = field(repr=False)
     drain_timeout_s: int = 30
 
 

@@ -161,7 +161,7 @@ def check_ports(endpoints: Endpoints) -> None:
             except OSError as error:
                 place = f"{endpoints.host}:{port}"
                 raise RefusedError(
-                    f"--{flag} {port}: {place} cannot be listened on ({os.strerror(error.errno or 0)}).",
+                    f"--{flag} {port}: {place} cannot be listened on ({error.strerror}).",
                     f"End what listens there, or choose another --{flag}.",
                 ) from None
 

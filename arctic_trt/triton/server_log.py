@@ -12,8 +12,10 @@ from typing import IO
 LINE = re.compile(r'([IWEF])\d{4} [\d:.]+ \d+ \S+?:\d+\] ?"?(.*?)"?$')
 """A record of the server's own: its weight, date, time, process, place in the source, and text."""
 NOISE = re.compile(
-    r"CudaDriverHelper|pinned (system )?memory|CUDA memory pool|NVML|DCGM|unable to create stream|Signal \(\d+\) received"
+    r"CudaDriverHelper|pinned (system )?memory|CUDA memory pool|NVML|DCGM|unable to create stream|Signal \(\d+\) received|"
+    r"Failed to create instance|failed to load|which has no loaded version|models that are not available"
 )
+"""Nothing to worry about without a GPU; and failures to load, which whoever asked for the model is told."""
 TABLE = re.compile(r"[+|]|At:$|  (/|<frozen )|$")
 """Tables, and the stacks that a model's failure is printed with."""
 LOADING, LOADED = re.compile(r"loading: (\w+):\d+"), re.compile(r"successfully loaded '(\w+)'")
@@ -63,7 +65,7 @@ class ServerLog:
         logger.log(LEVELS[weight], "tritonserver: %s", text)
 
     def last_words(self) -> str:
-        """Why the server ended, as far as it said: the models that did not load, else the last that was no mere notice; perhaps none."""
+        """Why the server ended, as far as it said: the models that did not load, else the last warning; perhaps nothing."""
         if self.failures:
             return "; ".join(f"{model} did not load: {why}" for model, why in self.failures.items())
         return self._last[-1] if self._last else ""

@@ -1,6 +1,7 @@
 """A tritonserver for tests of its supervision: starts at once, streams numbers, and has stubs that only sleep.
 
-Run as a program with tritonserver's flags. Models are the folders of the repository; ``broken`` does not load.
+Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` never does,
+and a server with ``stuck`` never ends.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Server:
 
     def load(self, model: str) -> None:
         log("I", f"loading: {model}:1")
+        if model == "slow":
+            time.sleep(600)
         path = f"{self.flags['model-repository']}/{model}/1/model.py"
         self.stubs[model] = subprocess.Popen([sys.executable, "-c", SLEEP, STUB_NAME, path])
         self.loads[model] += 1

@@ -29,7 +29,10 @@ def scored(piece: str, alternatives: int) -> NamedLogprobs:
 
 @dataclass
 class ScriptedEngine:
-    """A piece of ``reply`` is a token; choices take turns. With ``failure`` it fails after ``pieces_first`` pieces."""
+    """A piece of ``reply`` is a token and takes ``delay_s``; choices take turns.
+
+    With ``failure`` it fails after ``pieces_first`` pieces.
+    """
 
     reply: Reply = lambda fields: PIECES
     delay_s: float = 0.0
@@ -64,7 +67,7 @@ class ScriptedEngine:
         for number, group in enumerate(groups):
             if self.failure and number >= self.pieces_first:
                 raise self.failure
-            await asyncio.sleep(self.delay_s)
+            await asyncio.sleep(self.delay_s * len(group))
             for choice in range(fields["n"]):
                 yield Chunk(
                     choice=choice,

@@ -69,6 +69,14 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
     assert served.end(signal.SIGINT) == 130 and served.leftovers() == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_is_ready_ends_it_at_once(start: Start, number: int) -> None:
+    served = start("arctic", "slow")
+    wait_until(lambda: served.said("model slow False"), "the start")
+    served.run = served.name()
+    assert served.end(number) == 130 and served.leftovers() == []
+
+
 def test_a_killed_server_ends_everything_with_a_sentence(start: Start) -> None:
     served = start().wait_ready()
     os.kill(served.children("fake_tritonserver")[0], signal.SIGKILL)

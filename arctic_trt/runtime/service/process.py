@@ -128,8 +128,9 @@ def explain(code: int, lines: list[str], *, killed: bool) -> ArcticTrtError:
     if killed:
         return ArcticTrtError("The ranks had to be killed.")
     how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    last = next((line for line in reversed(lines) if line.strip(" -")), "nothing")
-    return ArcticTrtError(f"The ranks ended {how}; the last that they said is: {last!r}.")
+    last = next((line for line in reversed(lines) if line.strip(" -")), None)
+    said = " and said nothing" if last is None else f"; the last that they said is: {last!r}"
+    return ArcticTrtError(f"The ranks ended {how}{said}.")
 
 
 def _session(leader: int) -> list[int]:
