@@ -14,13 +14,14 @@ from typing import Any
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.protocol import INTERNAL, INVALID
 from arctic_trt.triton.control import control_path, send_cancel
-from arctic_trt.triton.names import ENGINE
+from arctic_trt.triton.names import ENGINE, INNER
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Sender, Stub, arrays_of, settings_of
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
     ENGINE_OUTPUTS,
+    FAILURE,
     PARAMETERS,
     TOKEN_IDS,
     Array,
@@ -41,7 +42,7 @@ class Asked:
     sender: Sender
     arrays: dict[str, Array]
     choices: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: INNER + uuid.uuid4().hex)
     deadline: float = math.inf  # which is kept at arctic
 
     def is_cancelled(self) -> bool:
@@ -54,6 +55,7 @@ class Bls:
     def __init__(self, triton: Any, args: Mapping[str, str]) -> None:
         self._stub = Stub(triton)
         settings = settings_of(args)
+        end_with_server(lambda: None)
         self._texts = Texts(settings)
         capacity = int(settings["capacity"])
         self._slots = Slots(capacity)
@@ -114,6 +116,10 @@ class Bls:
                 return
             if response.output_tensors():
                 arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+                if FAILURE.name in arrays:
+                    code, message = (text.decode() for text in arrays[FAILURE.name].reshape(-1))
+                    asked.sender.send(self._stub.refusal(message, code), last=True)
+                    continue
                 asked.sender.send(self._stub.response(self._outputs(arrays)))
         asked.sender.end()
 

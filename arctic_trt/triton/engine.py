@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
@@ -24,11 +26,22 @@ from arctic_trt.triton.answers import Answers
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
+from arctic_trt.triton.names import INNER
 from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.server import HTTP_ADDRESS
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Sender, Stub, arrays_of, settings_of
-from arctic_trt.triton.tensors import ENGINE_INPUTS, STOP, Ask, in_tensors, plan_ask, read_values, refuse_unknown, unpadded
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
+from arctic_trt.triton.tensors import (
+    ENGINE_INPUTS,
+    FAILURE,
+    STOP,
+    Ask,
+    in_tensors,
+    plan_ask,
+    read_values,
+    refuse_unknown,
+    unpadded,
+)
 from arctic_trt.triton.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -65,6 +78,7 @@ class Engine:
         self._under_way: dict[int, Asked] = {}
         self._gate = self._find_gate()
         self._group = WorkerGroup(group_options(settings), on_state=self._on_state)
+        end_with_server(self._group.close)
         self._group.start()
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
@@ -83,7 +97,7 @@ class Engine:
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                sender.send(self._stub.refusal(str(error), INVALID), last=True)
+                self._refuse(request.request_id(), sender, str(error), INVALID)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -116,6 +130,13 @@ class Engine:
         self._watch.add(asked)
         asked.call = self._group.submit(ask.body, lambda event: self._outbox.put(asked, event), end_ids=ask.end_ids)
 
+    def _refuse(self, request_id: str, sender: Sender, message: str, code: str) -> None:
+        """End a request with an error, as data where a model has asked: it would never hear of one behind other data."""
+        if request_id.startswith(INNER):
+            sender.send(self._stub.response({FAILURE.name: np.array([[code.encode(), message.encode()]], np.object_)}), last=True)
+        else:
+            sender.send(self._stub.refusal(message, code), last=True)
+
     def _send(self) -> None:
         """In a thread of its own, so that no client keeps the ranks' news from another."""
         while (news := self._outbox.take()) is not None:
@@ -124,7 +145,7 @@ class Engine:
                     self._answer(asked, events)
                 except Exception:
                     logger.exception("The answer to request %r was lost.", asked.id)
-                    asked.sender.send(self._stub.refusal("The answer was lost.", INTERNAL), last=True)
+                    self._refuse(asked.id, asked.sender, "The answer was lost: ask again.", INTERNAL)
                     self._cancel(asked)
                 if events[-1].final:
                     self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
@@ -134,7 +155,7 @@ class Engine:
         final = events[-1].final
         failed = next((event for event in events if event.error is not None), None)
         if failed is not None:
-            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
+            self._refuse(asked.id, asked.sender, in_tensors(failed.error or ""), failed.code or INTERNAL)
             if not failed.final:  # it took too long, and still does
                 self._cancel(asked)
             return

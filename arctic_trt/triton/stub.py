@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from arctic_trt.runtime.service.protocol import INVALID, UNAVAILABLE
 from arctic_trt.triton.tensors import Array
 
+SERVER_PERIOD_S = 0.5
 CODES = {INVALID: "INVALID_ARG", UNAVAILABLE: "UNAVAILABLE"}
 
 
@@ -64,6 +67,23 @@ class Sender:
         """Whether the client has gone, or does not want it any more."""
         with self._lock:
             return self._open and bool(self._sender.is_cancelled())
+
+
+def end_with_server(clean_up: Callable[[], None]) -> None:
+    """Have this process end when the server does, after ``clean_up``, whatever its threads wait for.
+
+    The kernel cannot be asked to: it would end a process with the thread that started it, and Triton's do not last.
+    """
+    threading.Thread(target=_wait_for_orphanage, args=(os.getppid(), clean_up), name="server", daemon=True).start()
+
+
+def _wait_for_orphanage(server: int, clean_up: Callable[[], None]) -> None:
+    while os.getppid() == server:
+        time.sleep(SERVER_PERIOD_S)
+    try:
+        clean_up()
+    finally:
+        os._exit(1)
 
 
 def arrays_of(message: Any) -> dict[str, Array]:

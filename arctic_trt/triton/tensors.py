@@ -98,11 +98,14 @@ PIECES = (
     Tensor("trim", "INT32", "characters at the end of the text that do not belong to it", dims=WORDS),
 )
 """What detokenization needs besides the tokens; between our models only."""
+FAILURE = Tensor(
+    "failure", "STRING", "code and sentence of an error, for `arctic_bls`, whose Triton loses errors behind data", dims=WORDS
+)
 CLIENT_INPUTS = (*PROMPTS, *PARAMETERS)
 CLIENT_OUTPUTS = (TEXT_OUTPUT, *ABOUT, TOKEN_IDS, TOP)
 TENSOR_OF_FIELD = {"logprobs": "top_logprobs", **{tensor.field: tensor.name for tensor in PARAMETERS if tensor.field}}
 ENGINE_INPUTS = (PROMPTS[2], LENGTHS, *PARAMETERS, STOP)
-ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP)
+ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP, FAILURE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
