@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from arctic_trt.runtime.service.protocol import INVALID, UNAVAILABLE
 from arctic_trt.triton.tensors import Array
 
+SERVER_PERIOD_S = 0.5
 CODES = {INVALID: "INVALID_ARG", UNAVAILABLE: "UNAVAILABLE"}
 
 
@@ -19,9 +22,10 @@ class Stub:
     def __init__(self, triton: Any) -> None:
         self.triton = triton
 
-    def response(self, arrays: Mapping[str, Array]) -> Any:
-        """A response with ``arrays`` by their names."""
-        return self.triton.InferenceResponse(output_tensors=self.tensors(arrays))
+    def response(self, arrays: Mapping[str, Array], wanted: Set[str] | None = None) -> Any:
+        """A response with those of ``arrays``, which have names, that are ``wanted``."""
+        chosen = arrays if wanted is None else {name: array for name, array in arrays.items() if name in wanted}
+        return self.triton.InferenceResponse(output_tensors=self.tensors(chosen))
 
     def refusal(self, message: str, code: str) -> Any:
         """A response that is an error, one sentence, with one of the codes of the ranks."""
@@ -53,6 +57,11 @@ class Sender:
                 self._open = not last
                 self._sender.send(response, flags=self._final if last else 0)
 
+    def send_all(self, responses: Sequence[Any], *, last: bool) -> None:
+        """Send one after the other; ``last`` if nothing comes behind them."""
+        for number, response in enumerate(responses, 1):
+            self.send(response, last=last and number == len(responses))
+
     def end(self) -> None:
         """There is nothing more."""
         with self._lock:
@@ -64,6 +73,23 @@ class Sender:
         """Whether the client has gone, or does not want it any more."""
         with self._lock:
             return self._open and bool(self._sender.is_cancelled())
+
+
+def end_with_server(clean_up: Callable[[], None]) -> None:
+    """Have this process end when the server does, after ``clean_up``, whatever its threads wait for.
+
+    The kernel cannot be asked to: it would end a process with the thread that started it, and Triton's do not last.
+    """
+    threading.Thread(target=_wait_for_orphanage, args=(os.getppid(), clean_up), name="server", daemon=True).start()
+
+
+def _wait_for_orphanage(server: int, clean_up: Callable[[], None]) -> None:
+    while os.getppid() == server:
+        time.sleep(SERVER_PERIOD_S)
+    try:
+        clean_up()
+    finally:
+        os._exit(1)
 
 
 def arrays_of(message: Any) -> dict[str, Array]:

@@ -38,8 +38,8 @@ class Texts:
         characters, most = sum(map(len, texts)), self._max_input_len * self._longest
         if characters > most:
             raise UsageError(
-                f"{prompt.where} has {characters} characters, more than {most}, which can never be the {self._max_input_len} tokens "
-                "that the engine was built for (max_input_len).",
+                f"{prompt.where} has {characters} characters, more than {most}, the most that the engine's max_input_len of "
+                f"{self._max_input_len} tokens may be.",
                 "Shorten it.",
             )
 

@@ -68,9 +68,8 @@ class Server:
             connection.request("POST", path, data)
             response = connection.getresponse()
             said = response.read().decode()
-        if response.getheader("Content-Type", "").startswith("text/event-stream"):
-            return Answer(response.status, [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: ")])
-        return Answer(response.status, [json.loads(said)])
+        streams = response.getheader("Content-Type", "").startswith("text/event-stream")
+        return Answer(response.status, events(said) if streams else [json.loads(said)])
 
     @contextmanager
     def connected(self) -> Iterator[HTTPConnection]:
@@ -94,10 +93,13 @@ class Server:
         return float(next(line for line in lines if line.startswith(name)).split()[-1])
 
     def ranks(self) -> list[int]:
-        """Process ids of the engine's ranks."""
-        return [
-            pid for pid in descendants(self.pid) if b"\0service\0" in command_line(pid) and b"mpirun" not in command_line(pid)
-        ]
+        """Process ids of the engine's ranks, in their order."""
+        return [pid for pid in descendants(self.pid) if b"\0service\0" in (line := command_line(pid)) and b"\0-n\0" not in line]
+
+
+def events(said: str) -> list[dict[str, Any]]:
+    """The objects of a stream of events."""
+    return [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: ")]
 
 
 def listed(value: Any) -> list[Any]:

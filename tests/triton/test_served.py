@@ -7,10 +7,12 @@ import os
 import queue
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ import pytest
 
 from arctic_trt.model.tokenizer import Tokenizer
 from tests.support.engines import ROOT, mpirun
-from tests.support.served import BATCH, RANKS, TOKENIZER, Answer, Server, serving, wait_until
+from tests.support.served import BATCH, RANKS, TOKENIZER, Answer, Server, events, serving, wait_until
 
 pytest.importorskip("pytriton", reason="tritonserver comes with the extra triton")
 grpcclient = pytest.importorskip("tritonclient.grpc")
 pytestmark = pytest.mark.triton
 
+LONG = 2000
+"""Tokens of an answer that takes its time."""
 MOST = 24
 """Tokens that the references have; greedy answers to fewer are their beginnings."""
 HEALING_S = 15.0
@@ -211,14 +215,20 @@ def test_clients_that_leave_take_their_requests_along(served: Server, model: str
     assert served.metric("arctic_trt_generated_tokens_total") - before < BATCH * LONG / 2
 
 
-LONG = 4000
-
-
 def leave_after_one_piece(served: Server, model: str, index: int) -> None:
-    body = {"text_input": f"{index}", "max_tokens": LONG, "stream": True, "end_id": -1}
-    with served.connected() as connection:
+    with begun(served, model, f"{index}"):
+        pass
+
+
+@contextmanager
+def begun(server: Server, model: str, text: str) -> Iterator[HTTPResponse]:
+    """A long answer of which the first piece has come."""
+    body = {"text_input": text, "max_tokens": LONG, "stream": True, "end_id": -1}
+    with server.connected() as connection:
         connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(body))
-        assert connection.getresponse().readline().startswith(b"data: ")
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        yield response
 
 
 @pytest.mark.parametrize("victim", [0, -1], ids=["the first rank", "the last rank"])
@@ -242,19 +252,18 @@ def test_a_killed_rank_costs_what_is_under_way_and_nothing_else(served: Server, 
 
 def test_a_full_queue_refuses_and_sigterm_drains(tiny_engine: Path, tmp_path: Path) -> None:
     """A server of its own, of which nothing is left afterwards."""
-    length, before = 100, leftovers()
-    body = {"text_input": "The", "max_tokens": length, "end_id": -1}
+    before = leftovers()
     with serving(tiny_engine, tmp_path, "--max_queue_size", 2, "--drain_timeout", 60) as (process, server):
-        with ThreadPoolExecutor(4 * BATCH) as clients:
-            asked = [clients.submit(server.ask, **body) for _ in range(4 * BATCH)]
-            wait_until(lambda: any(each.done() for each in asked), 20, "the queue is full")
+        with ThreadPoolExecutor(6 * BATCH) as clients:
+            asked = [clients.submit(server.ask, text_input="The", max_tokens=100, end_id=-1) for _ in range(6 * BATCH)]
+            answers = Counter(each.result().status for each in asked)
+        assert answers.keys() == {200, 503}, answers
+        with ExitStack() as stack:
+            under_way = [stack.enter_context(begun(server, "arctic_bls", f"{index}")) for index in range(BATCH)]
             process.send_signal(signal.SIGTERM)
-            answers = [each.result(60) for each in asked]
+            pieces = [events(response.read().decode()) for response in under_way]
         assert process.wait(60) == 0, server.log.read_text()
-    let_in = [answer for answer in answers if answer.status == 200]
-    assert len(let_in) >= BATCH
-    assert all(len(answer.token_ids) == length for answer in let_in)
-    assert {answer.status for answer in answers} - {200} <= {429, 503}
+    assert all(parts[-1]["finish_reason"] == "length" for parts in pieces)
     assert leftovers() <= before
 
 
