@@ -59,9 +59,6 @@ class Asked:
     deadline: float
     call: Call | None = None
 
-    def is_cancelled(self) -> bool:
-        return self.sender.is_cancelled()
-
 
 class Engine:
     """``triton`` and ``args`` are what a model of Triton's has: its Python interface, and the arguments to ``initialize``."""
@@ -81,7 +78,7 @@ class Engine:
         self._group.start()
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
-        self._watch: Watch[Asked] = Watch(self._cancel, self._late)
+        self._watch: Watch[Asked] = Watch(self._look)
         self._listener = Listener(control_path(os.getppid()), self._cancel_id)
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
@@ -163,6 +160,14 @@ class Engine:
         self._under_way.pop(id(asked), None)
         self._slots.release(asked.answers.ask.choices)
 
+    def _look(self, asked: Asked) -> None:
+        """After a request under way, many times a second."""
+        if asked.sender.is_cancelled():
+            self._cancel(asked)
+        elif time.monotonic() > asked.deadline:
+            message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
+            self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
+
     def _cancel(self, asked: Asked) -> None:
         if asked.call is not None:  # else at the next look
             asked.call.cancel()
@@ -171,10 +176,6 @@ class Engine:
         for asked in list(self._under_way.values()):
             if request_id and asked.id == request_id:
                 self._cancel(asked)
-
-    def _late(self, asked: Asked) -> None:
-        message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
-        self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _find_gate(self) -> Gate | None:
         address = os.environ.get(HTTP_ADDRESS)
