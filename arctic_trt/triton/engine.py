@@ -74,12 +74,13 @@ class Engine:
         self._under_way: dict[int, Asked] = {}
         self._gate = self._find_gate()
         self._group = WorkerGroup(group_options(settings), on_state=self._on_state)
-        end_with_server(self._group.close)
+        self._control = control_path(os.getppid())
+        end_with_server(self._abandon)
         self._group.start()
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
         self._watch: Watch[Asked] = Watch(self._look)
-        self._listener = Listener(control_path(os.getppid()), self._cancel_id)
+        self._listener = Listener(self._control, self._cancel_id)
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
         ]
@@ -107,6 +108,11 @@ class Engine:
         self._listener.close()
         if self._gate:
             self._gate.close()
+
+    def _abandon(self) -> None:
+        """The server is gone: leave nothing behind."""
+        self._group.close()
+        self._control.unlink(missing_ok=True)
 
     def _take_in(self, request: Any, sender: Sender) -> None:
         refuse_unknown(request.parameters())
