@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, Event
 from arctic_trt.triton.answers import Answers, events_of, failure_in
-from arctic_trt.triton.control import control_path, send_cancel
+from arctic_trt.triton.control import Line, control_path
 from arctic_trt.triton.names import ENGINE, INNER
 from arctic_trt.triton.slots import Slots
 from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
@@ -41,21 +40,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Asked:
-    """A request of a client's; ``id`` is what ``arctic`` knows it by, ``wanted`` are the outputs that it names."""
+    """A request of a client's; ``id`` is what ``arctic`` knows it by, ``wanted`` are the outputs that it names.
+
+    ``line`` leads to the process of ``arctic`` that it was given to. ``lock`` guards ``over``.
+    """
 
     sender: Sender
     arrays: dict[str, Array]
     values: Values
     wanted: frozenset[str]
+    line: Line
+    over: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
     id: str = field(default_factory=lambda: INNER + uuid.uuid4().hex)
-    deadline: float = math.inf  # which is kept at arctic
 
     @property
     def choices(self) -> int:
         return choices_of(self.values)
-
-    def is_cancelled(self) -> bool:
-        return self.sender.is_cancelled()
 
 
 class Bls:
@@ -69,9 +70,9 @@ class Bls:
         self._echo = settings["exclude_input_in_output"] == "false"
         capacity = int(settings["capacity"])
         self._slots = Slots(capacity)
-        self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="request")  # Triton has each wait for its responses
         self._control = control_path(os.getppid())
-        self._watch: Watch[Asked] = Watch(lambda asked: send_cancel(self._control, asked.id), lambda asked: None)
+        self._line = Line(self._control)
+        self._watch: Watch[Asked] = Watch(self._look)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
@@ -84,8 +85,7 @@ class Bls:
         self._slots.wait_for_room()
 
     def close(self) -> None:
-        """Wait for what is under way."""
-        self._threads.shutdown()
+        """Triton calls this when nothing is under way."""
         self._watch.close()
 
     def _take_in(self, request: Any, sender: Sender) -> None:
@@ -95,22 +95,40 @@ class Bls:
         refuse_unknown(request.parameters())
         arrays = arrays_of(request)
         wanted = frozenset(request.requested_output_names())
-        asked = Asked(sender=sender, arrays=arrays, values=read_values(arrays, CLIENT_INPUTS), wanted=wanted)
+        if not self._line.alive:
+            self._line = Line(self._control)
+        asked = Asked(sender=sender, arrays=arrays, values=read_values(arrays, CLIENT_INPUTS), wanted=wanted, line=self._line)
         self._slots.take(asked.choices)
-        self._threads.submit(self._serve, asked)
+        self._watch.add(asked)
+        # Triton has a thread wait for the responses to each request, in vain if the process that was to give them dies
+        threading.Thread(target=self._serve, args=(asked,), name="request", daemon=True).start()
+
+    def _look(self, asked: Asked) -> None:
+        """After a request under way, many times a second."""
+        if not asked.line.alive:
+            self._end(asked, self._stub.refusal("The engine's process has ended: ask again.", INTERNAL))
+        elif asked.sender.is_cancelled():
+            asked.line.cancel(asked.id)
+
+    def _end(self, asked: Asked, refusal: Any = None) -> None:
+        """Forget a request; who still waits for an answer gets ``refusal``, or nothing more."""
+        with asked.lock:
+            if asked.over:
+                return
+            asked.over = True
+        self._watch.remove(asked)
+        self._slots.release(asked.choices)
+        asked.sender.send(refusal, last=True) if refusal else asked.sender.end()
 
     def _serve(self, asked: Asked) -> None:
-        self._watch.add(asked)
         try:
             self._relay(asked, self._texts.prompt_ids(asked.values))
+            self._end(asked)
         except UsageError as error:
-            asked.sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            self._end(asked, self._stub.refusal(str(error), INVALID))
         except Exception as error:
             logger.exception("A request was lost.")
-            asked.sender.send(self._stub.refusal(f"The request was lost ({error}).", INTERNAL), last=True)
-        finally:
-            self._watch.remove(asked)
-            self._slots.release(asked.choices)
+            self._end(asked, self._stub.refusal(f"The request was lost ({error}).", INTERNAL))
 
     def _relay(self, asked: Asked, prompt: list[int]) -> None:
         """Ask ``arctic`` and hand on what it says, as text."""
@@ -127,7 +145,6 @@ class Bls:
                 return
             for tensor in response.output_tensors():
                 self._answer(asked, answers, events_of(tensor.as_numpy()))
-        asked.sender.end()
 
     def _answer(self, asked: Asked, answers: Answers, events: list[Event]) -> None:
         failed = failure_in(events)

@@ -59,9 +59,6 @@ class Asked:
     deadline: float
     call: Call | None = None
 
-    def is_cancelled(self) -> bool:
-        return self.sender.is_cancelled()
-
 
 class Engine:
     """``triton`` and ``args`` are what a model of Triton's has: its Python interface, and the arguments to ``initialize``."""
@@ -77,12 +74,13 @@ class Engine:
         self._under_way: dict[int, Asked] = {}
         self._gate = self._find_gate()
         self._group = WorkerGroup(group_options(settings), on_state=self._on_state)
-        end_with_server(self._group.close)
+        self._control = control_path(os.getppid())
+        end_with_server(self._abandon)
         self._group.start()
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
-        self._watch: Watch[Asked] = Watch(self._cancel, self._late)
-        self._listener = Listener(control_path(os.getppid()), self._cancel_id)
+        self._watch: Watch[Asked] = Watch(self._look)
+        self._listener = Listener(self._control, self._cancel_id)
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
         ]
@@ -110,6 +108,11 @@ class Engine:
         self._listener.close()
         if self._gate:
             self._gate.close()
+
+    def _abandon(self) -> None:
+        """The server is gone: leave nothing behind."""
+        self._group.close()
+        self._control.unlink(missing_ok=True)
 
     def _take_in(self, request: Any, sender: Sender) -> None:
         refuse_unknown(request.parameters())
@@ -163,6 +166,14 @@ class Engine:
         self._under_way.pop(id(asked), None)
         self._slots.release(asked.answers.ask.choices)
 
+    def _look(self, asked: Asked) -> None:
+        """After a request under way, many times a second."""
+        if asked.sender.is_cancelled():
+            self._cancel(asked)
+        elif time.monotonic() > asked.deadline:
+            message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
+            self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
+
     def _cancel(self, asked: Asked) -> None:
         if asked.call is not None:  # else at the next look
             asked.call.cancel()
@@ -171,10 +182,6 @@ class Engine:
         for asked in list(self._under_way.values()):
             if request_id and asked.id == request_id:
                 self._cancel(asked)
-
-    def _late(self, asked: Asked) -> None:
-        message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
-        self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _find_gate(self) -> Gate | None:
         address = os.environ.get(HTTP_ADDRESS)
