@@ -82,6 +82,9 @@ class Bls:
                 self._take_in(request, sender)
             except UsageError as error:
                 sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            except Exception as error:
+                logger.exception("A request could not be taken in.")
+                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:

@@ -95,6 +95,9 @@ class Engine:
                 self._take_in(request, sender)
             except UsageError as error:
                 sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            except Exception as error:
+                logger.exception("A request could not be taken in.")
+                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -137,6 +140,8 @@ class Engine:
         """In a thread of its own, so that no client keeps the ranks' news from another."""
         while (news := self._outbox.take()) is not None:
             for asked, events in news.items():
+                if events[-1].final:
+                    self._forget(asked)  # first, so that there is room when the client hears of the end and asks again
                 try:
                     self._answer(asked, events)
                 except Exception:
@@ -146,7 +151,6 @@ class Engine:
                         asked.sender.send(self._stub.refusal("The answer was lost: ask again.", INTERNAL), last=True)
                 if events[-1].final:
                     self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
-                    self._forget(asked)
 
     def _answer(self, asked: Asked, events: list[Event]) -> None:
         failed = failure_in(events)
