@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import json
 from dataclasses import dataclass
 
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.triton.server import KEY_HEADER
 
 ASK_TIMEOUT_S = 5.0
+UNAVAILABLE = "UNAVAILABLE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,19 @@ class Admin:
         self._change(model, "load")
 
     def unload(self, model: str) -> None:
-        """Unload ``model``; raises :class:`ArcticTrtError` when the server does not."""
+        """Have ``model`` unloaded once its requests have ended; raises :class:`ArcticTrtError` when the server does not."""
         self._change(model, "unload")
+
+    def loaded(self) -> set[str]:
+        """Models that are loaded, or still unloading; raises :class:`ArcticTrtError` when the server does not say."""
+        try:
+            status, text = self._ask("POST", "/v2/repository/index", "{}", timeout_s=ASK_TIMEOUT_S)
+            models = json.loads(text) if status == http.client.OK else None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ArcticTrtError(f"tritonserver did not list its models: {error or type(error).__name__}.") from None
+        if models is None:
+            raise ArcticTrtError(f"tritonserver did not list its models: {text}")
+        return {model["name"] for model in models if model.get("state", UNAVAILABLE) != UNAVAILABLE}
 
     def _change(self, model: str, verb: str) -> None:
         try:

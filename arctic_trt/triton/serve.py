@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.triton.admin import Admin
 from arctic_trt.triton.janitor import Janitor
+from arctic_trt.triton.names import ENGINE, GATE, POSTPROCESSING, PREPROCESSING
 from arctic_trt.triton.server import (
     Endpoints,
     Run,
@@ -41,9 +42,12 @@ GATEWAY = (sys.executable, "-m", "arctic_trt", "gateway")
 LOOK_S = 0.1
 GRACE_S = 15.0
 """What ending takes besides waiting for requests: ranks leave, models unload."""
+CONNECTIONS_S = 2.0
 SHORT_LIFE_S = 5.0
 """A front end that ends sooner after its start would end again."""
 
+STAGES = frozenset({PREPROCESSING, ENGINE, POSTPROCESSING, GATE})
+"""Models that others are in front of."""
 LAST_WORDS_S = 2.0
 STDERR = 2
 """Where the front end may speak: stdout belongs to the command's result."""
@@ -181,15 +185,35 @@ class _Supervisor:
     def drain(self) -> None:
         """End both, the front end first: what it has under way needs the server."""
         patience_s = self._options.drain_timeout_s + GRACE_S
-        for name, process in (("the OpenAI front end", self._gateway), ("tritonserver", self._triton)):
-            assert process
-            process.terminate()
-            try:
-                process.wait(patience_s)
-            except subprocess.TimeoutExpired:
-                raise ArcticTrtError(f"{name} did not end within {patience_s:.0f} s, and was killed.") from None
-        if self._triton.returncode and not self._reviver.revived:
-            raise self._ended()
+        assert self._gateway
+        self._gateway.terminate()
+        try:
+            self._gateway.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            raise ArcticTrtError(f"the OpenAI front end did not end within {patience_s:.0f} s, and was killed.") from None
+        if not self._unload(time.monotonic() + patience_s) and not self._reviver.revived:
+            raise ArcticTrtError(f"tritonserver did not end within {patience_s:.0f} s, and was killed.")
+        self._triton.terminate()
+        # without models nothing is under way, but the server would wait for clients that keep their connections
+        with suppress(subprocess.TimeoutExpired):
+            self._triton.wait(CONNECTIONS_S)
+
+    def _unload(self, until: float) -> bool:
+        """Unload all models, those first that others are behind; returns whether their requests had ended in time."""
+        try:
+            for last in (STAGES, frozenset()):
+                unloading = self._admin.loaded() - last
+                for model in sorted(unloading):
+                    self._admin.unload(model)
+                while self._admin.loaded() & unloading:
+                    if time.monotonic() > until:
+                        return False
+                    time.sleep(LOOK_S)
+        except ArcticTrtError:
+            if self._triton.poll() is not None:
+                raise self._ended() from None
+            raise
+        return True
 
     def abandon(self) -> None:
         """Kill what still runs; the janitor does the same to their children."""

@@ -1,7 +1,8 @@
 """A tritonserver for tests of its supervision: starts at once, streams numbers, and has stubs that only sleep.
 
 Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` never
-does, and a server with ``stuck`` never ends.
+does, a server with ``stuck`` never unloads it, and one with ``patient`` does not end by SIGTERM, as with a client that keeps its
+connection.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Server:
         log("I", f"successfully loaded '{model}'")
 
     def unload(self, model: str) -> None:
+        threading.Thread(target=self._unload, args=(model,), daemon=True).start()
+
+    def _unload(self, model: str) -> None:
+        while self.streams or model == "stuck":
+            time.sleep(0.02)
         stub = self.stubs.pop(model)
         stub.kill()
         stub.wait()
@@ -64,13 +70,15 @@ class Server:
         threading.Thread(target=self._drain).start()
 
     def _drain(self) -> None:
-        while self.streams:
-            time.sleep(0.02)
-        if "stuck" in self.models:
+        if "patient" in self.models:
             time.sleep(600)
         for model in list(self.stubs):
-            self.unload(model)
+            self._unload(model)
         os._exit(0)
+
+    def index(self) -> str:
+        states = {model: "READY" if model in self.stubs else "UNAVAILABLE" for model in self.models}
+        return json.dumps([{"name": model, "version": "1", "state": state} for model, state in states.items()])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,6 +108,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 getattr(server, verb)(model)
                 self.answer(200)
+            return
+        if self.path == "/v2/repository/index":
+            self.answer(200, server.index())
             return
         server.streams += 1
         self.send_response(200)

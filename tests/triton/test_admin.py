@@ -18,6 +18,7 @@ from tests.support.serving import free_ports
 class Handler(BaseHTTPRequestHandler):
     asked: list[tuple[str, str | None, Any]]
     status = 200
+    said = b"the ranks are down"
 
     def log_message(self, *_: object) -> None:
         pass
@@ -27,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         self.asked.append((self.path, self.headers["arctic-trt-key"], json.loads(body or "null")))
         self.send_response(self.status)
         self.end_headers()
-        self.wfile.write(b"the ranks are down")
+        self.wfile.write(self.said)
 
     do_POST = do_GET
 
@@ -55,6 +56,22 @@ def test_a_model_that_does_not_load(server: tuple[Admin, type[Handler]]) -> None
     with pytest.raises(ArcticTrtError, match="tritonserver did not load arctic: the ranks are down"):
         admin.load("arctic")
     assert not admin.is_ready()
+
+
+def test_models_that_are_not_gone_yet(server: tuple[Admin, type[Handler]]) -> None:
+    admin, handler = server
+    states = {"arctic": "READY", "ensemble": "UNLOADING", "arctic_bls": "UNAVAILABLE"}
+    handler.said = json.dumps([*({"name": name, "state": state} for name, state in states.items()), {"name": "new"}]).encode()
+    assert admin.loaded() == {"arctic", "ensemble"}
+    assert handler.asked == [("/v2/repository/index", "secret", {})]
+
+
+@pytest.mark.parametrize(("status", "said"), [(200, b"<html>"), (403, b"restricted")])
+def test_models_that_nobody_lists(server: tuple[Admin, type[Handler]], status: int, said: bytes) -> None:
+    admin, handler = server
+    handler.status, handler.said = status, said
+    with pytest.raises(ArcticTrtError, match="tritonserver did not list its models: "):
+        admin.loaded()
 
 
 def test_readiness(server: tuple[Admin, type[Handler]]) -> None:

@@ -135,6 +135,15 @@ def test_a_front_end_that_does_not_start(start: Start) -> None:
     assert served.said("The OpenAI front end ended with exit code 1 right after its start. What it wrote is above.")
 
 
+def test_clients_that_keep_their_connections_are_not_waited_for(start: Start) -> None:
+    served = start("arctic", "arctic_bls", "patient").wait_ready()
+    reader, pieces = stream(served, 10)
+    wait_until(lambda: pieces, "the first event")
+    assert served.end(signal.SIGTERM) == 0 and served.leftovers() == []
+    reader.join(5)
+    assert len(pieces) == 10
+
+
 def test_a_server_that_does_not_end_is_killed(start: Start) -> None:
     served = start("arctic", "stuck", grace_s=0.2).wait_ready()
     assert served.end(signal.SIGTERM) == 1 and served.leftovers() == []
