@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from arctic_trt.runtime.jobs.logprobs import names_of
 from arctic_trt.runtime.service.text import chunk_text
 from arctic_trt.triton.tensors import IDS, LENGTHS, MESSAGES, PROMPTS, TEXT, TEXT_OUTPUT, TOP, Array, Values
 
+WITHOUT_TORCH = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+"""For transformers: tokenizers need no torch, which would take most of a stub's start and memory."""
+
 
 class Texts:
     """Both ways, by the tokenizer in ``tokenizer_dir``, for an engine's ``max_input_len``; both are parameters of the model."""
 
     def __init__(self, settings: Mapping[str, str]) -> None:
+        for name, value in WITHOUT_TORCH.items():
+            os.environ.setdefault(name, value)
         self._tokenizer = Tokenizer(Path(settings["tokenizer_dir"]))
         self._name_of = names_of(self._tokenizer)
         self._max_input_len = int(settings["max_input_len"])
