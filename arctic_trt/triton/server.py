@@ -23,9 +23,10 @@ from arctic_trt.launch import without_launcher
 from arctic_trt.machine import INSTALL_TRITONSERVER, find_tritonserver, package_version
 
 LIBRARY, UTILITIES, STUB = "libtriton_python.so", "triton_python_backend_utils.py", "triton_python_backend_stub"
-MODEL_SHM_BYTES = 1 << 20
-"""What each stub takes of /dev/shm at first, and adds when tensors need more."""
-LEAST_SHM_BYTES, RANK_SHM_BYTES = 32 << 20, 8 << 20
+MODEL_SHM_BYTES = 32 << 20
+"""What each stub takes of /dev/shm. It adds when tensors need more, but other threads of the stub do not survive that: with 1 MiB
+sixteen clients brought the server down within a minute."""
+LEAST_SHM_BYTES, RANK_SHM_BYTES = 6 * MODEL_SHM_BYTES, 8 << 20
 """Of /dev/shm: for the stubs of all models, and for what a rank exchanges with the others through Open MPI."""
 GUARDED_APIS = "shared-memory,model-repository,trace,logging"
 """What a client of a model has no use for, and must not have: loading a model runs the Python that the request brings along."""
