@@ -106,6 +106,8 @@ class Line:
             self._socket.settimeout(None)
         if self.alive:
             threading.Thread(target=self._listen, name="line", daemon=True).start()
+        else:
+            self._socket.close()
 
     def cancel(self, request_id: str) -> None:
         """Ask for the end of ``request_id``; one who is gone has nothing to cancel."""
