@@ -20,8 +20,8 @@ from typing import Any
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event
-from arctic_trt.triton.answers import Answers, events_array, failure_in
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, event_json
+from arctic_trt.triton.answers import Answers, failure_in
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
@@ -59,6 +59,11 @@ class Asked:
     deadline: float
     call: Call | None = None
 
+    @property
+    def inner(self) -> bool:
+        """It is from ``arctic_bls``, which hears all of it by the line."""
+        return self.id.startswith(INNER)
+
 
 class Engine:
     """``triton`` and ``args`` are what a model of Triton's has: its Python interface, and the arguments to ``initialize``."""
@@ -80,7 +85,7 @@ class Engine:
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
         self._watch: Watch[Asked] = Watch(self._look)
-        self._listener = Listener(self._control, self._cancel_id)
+        self._listener = Listener(self._control, self._cancel_id, self._cancel_inner)
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
         ]
@@ -142,6 +147,10 @@ class Engine:
             for asked, events in news.items():
                 if events[-1].final:
                     self._forget(asked)  # first, so that there is room when the client hears of the end and asks again
+            inner = {asked.id: [event_json(event) for event in events] for asked, events in news.items() if asked.inner}
+            if inner:
+                self._listener.tell(inner)
+            for asked, events in news.items():
                 try:
                     self._answer(asked, events)
                 except Exception:
@@ -156,14 +165,14 @@ class Engine:
         failed = failure_in(events)
         if failed is not None and not failed.final:  # it took too long, and still does
             self._cancel(asked)
-        last = failed is not None or events[-1].final
-        if asked.id.startswith(INNER):
-            responses = [self._stub.response(events_array(events))]
+        if asked.inner:
+            if failed is not None or events[-1].final:
+                asked.sender.end()
         elif failed is not None:
-            responses = [self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL)]
+            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
         else:
             responses = [self._stub.response(arrays, asked.wanted) for arrays in asked.answers.take(events)]
-        asked.sender.send_all(responses, last=last)
+            asked.sender.send_all(responses, last=events[-1].final)
 
     def _forget(self, asked: Asked) -> None:
         self._watch.remove(asked)
@@ -197,6 +206,12 @@ class Engine:
         logger.info("The ranks are %s.", state)
         if self._gate and state in (UP, DOWN):
             self._gate.move(state == UP)
+
+    def _cancel_inner(self) -> None:
+        """The process of ``arctic_bls`` is gone, or does not listen any more."""
+        for asked in list(self._under_way.values()):
+            if asked.inner:
+                self._cancel(asked)
 
     def _measure(self) -> None:
         while not self._closed.wait(METRICS_PERIOD_S):

@@ -6,14 +6,13 @@ import itertools
 import json
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arctic_trt.runtime.chooser import TokenLogprobs
 from arctic_trt.runtime.service.protocol import Event, failure
-from arctic_trt.triton.answers import Answers, Tensors, events_array, events_of, failure_in, joined, merge
-from arctic_trt.triton.tensors import ENGINE_OUTPUTS, EVENTS, Ask, inner_name
+from arctic_trt.triton.answers import Answers, Tensors, failure_in, joined, merge
+from arctic_trt.triton.tensors import ENGINE_OUTPUTS, Ask, inner_name
 
 
 def ask(**changes: Any) -> Ask:
@@ -52,7 +51,7 @@ def test_a_piece_has_every_output() -> None:
         "trim": [2],
         "top_logprobs_json": [b""],
     }
-    assert {*response} == {inner_name(tensor) for tensor in ENGINE_OUTPUTS} - {EVENTS.name}
+    assert {*response} == {inner_name(tensor) for tensor in ENGINE_OUTPUTS}
     kinds = {inner_name(tensor): (tensor.kind, len(tensor.dims) + 1) for tensor in ENGINE_OUTPUTS}
     names = {"int32": "INT32", "float32": "FP32", "object": "STRING"}
     assert all((names[str(array.dtype)], array.ndim) == kinds[name] for name, array in response.items())
@@ -114,18 +113,6 @@ def test_joined_events_begin_as_the_first_and_end_as_the_second() -> None:
     assert (both.context_ids, both.token_ids, both.trim, both.finish_reason) == ((5,), (1, 2), 1, "stop")
     assert both.logprobs == (logprob, logprob)
     assert merge([first, event(9, choice=1), second]) == [both, event(9, choice=1)]
-
-
-@pytest.mark.parametrize(
-    "events",
-    [
-        [],
-        [event(1, 2, trim=3), event(4, choice=1, logprobs=(TokenLogprobs(4, -1.0, ((1, -2.0),)),))],
-        [failure(1, "invalid", "No.")],
-    ],
-)
-def test_events_survive_the_way_to_bls(events: list[Event]) -> None:
-    assert events_of(events_array(events)["events"]) == events
 
 
 def test_a_failure_is_found() -> None:

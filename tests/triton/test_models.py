@@ -30,7 +30,7 @@ ENGINE_ARGS = model_args(
     engine_dir="/engine", tokenizer_dir=str(TINY), world_size="2", capacity=str(CAPACITY), exclude_input_in_output="true"
 )
 BLS_ARGS = model_args(tokenizer_dir=str(TINY), max_input_len="64", capacity=str(CAPACITY), exclude_input_in_output="true")
-ENGINE_NAMES = [inner_name(tensor) for tensor in ENGINE_OUTPUTS if tensor.name != "events"]
+ENGINE_NAMES = [inner_name(tensor) for tensor in ENGINE_OUTPUTS]
 CLIENT_NAMES = [tensor.name for tensor in CLIENT_OUTPUTS]
 
 
@@ -268,6 +268,17 @@ def test_a_response_that_cannot_be_sent_costs_nobody_else(engine: Engine, caplog
     assert len(list(other.responses())) == 1
 
 
+def test_an_answer_of_bls_that_cannot_be_sent_costs_nobody_else(bls: Bls, caplog: pytest.LogCaptureFixture) -> None:
+    request, other = ask(bls, input_ids=ids(5), stream=np.array([[True]])), ask(bls, input_ids=ids(5), wait=False)
+    call = Group.last.call(0)
+    call.say("four")  # type: ignore[arg-type]
+    assert call.cancelled.wait(20)
+    (response,) = request.responses()
+    assert "ask again" in response.error().message() and "was lost" in caplog.text
+    Group.last.call(1).finish(4)
+    assert len(list(other.responses())) == 1
+
+
 def test_metrics(triton: FakeTriton, engine: Engine) -> None:
     Group.last.stats = GroupStats(active=3, generated_tokens=40, restarts=1)
     until(lambda: triton.metrics["arctic_trt_generated_tokens_total"].value == 40)
@@ -380,17 +391,16 @@ def test_a_client_of_bls_that_left_while_it_waited(bls: Bls) -> None:
 
 
 def test_clients_hear_of_an_engine_that_dies(bls: Bls) -> None:
-    bls._line = line = SimpleNamespace(alive=True, cancel=lambda each: None)  # type: ignore[assignment]
     request = ask(bls, input_ids=ids(5))
     call = Group.last.call(0)
-    line.alive = False
+    bls._line.close()  # as the kernel does for one who is killed
     (response,) = request.responses()
     assert "process has ended" in response.error().message()
     until(lambda: bls._slots.taken == 0)
     request = ask(bls, input_ids=ids(5))  # by a line to its successor
     Group.last.call(1).finish(4)
     assert said(list(request.responses()))
-    call.finish(4)
+    assert call.cancelled.wait(20)  # for the engine, the other end is gone
 
 
 def test_many_requests_at_once_get_their_own_answers(bls: Bls, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from arctic_trt.errors import RefusedError
+from arctic_trt.triton import control as control_module
 from arctic_trt.triton import gate as gate_module
 from arctic_trt.triton.control import Line, Listener, control_path
 from arctic_trt.triton.gate import DOWN, STATE, Gate, shut_config
@@ -77,32 +78,59 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return control_path(1234)
 
 
-def test_a_line_cancels_and_notices_the_end(path: Path) -> None:
-    heard: list[str] = []
-    assert not Line(path).alive
-    listener = Listener(path, heard.append)
-    line, other = Line(path), Line(path)
-    assert line.alive and other.alive
+def no_line(path: Path) -> bool:
+    return not Line(path, lambda news: None).alive
+
+
+def test_a_line_carries_ids_one_way_and_news_the_other(path: Path) -> None:
+    cancelled: list[str] = []
+    ends: list[int] = []
+    news: dict[str, list[Any]] = {"a": [], "b": []}
+    assert no_line(path)
+    listener = Listener(path, cancelled.append, lambda: ends.append(1))
+    lines = [Line(path, heard.append) for heard in news.values()]
+    listener.tell({"x": [1, "é\n"]})  # whoever has a line misses nothing
     for each in ("x" * 40, "é"):
-        line.cancel(each)
-    until(lambda: len(heard) == 2)
-    assert heard == ["x" * 40, "é"] and line.alive
+        lines[0].cancel(each)
+    until(lambda: len(cancelled) == 2 and all(news.values()))
+    assert cancelled == ["x" * 40, "é"] and news["a"] == news["b"] == [{"x": [1, "é\n"]}]
+    lines[1].close()
+    until(lambda: ends and not lines[1].alive)
+    for _ in range(2):
+        listener.tell({"y": []})
+    until(lambda: len(news["a"]) == 3)
+    assert lines[0].alive
     listener.close()
-    assert not path.exists() and not Line(path).alive
+    until(lambda: not lines[0].alive)
+    assert not path.exists() and no_line(path)
+
+
+def test_one_who_does_not_read_keeps_nobody_waiting_for_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "PATIENCE_S", 1)
+    listener = Listener(path, lambda each: None, lambda: None)
+    stuck = threading.Event()
+    line = Line(path, lambda news: stuck.wait(TIMEOUT_S))
+    for _ in range(100):
+        listener.tell({"x": ["y" * 100_000]})
+    stuck.set()
+    until(lambda: not line.alive)
+    listener.close()
 
 
 def test_a_line_to_a_killed_process(path: Path) -> None:
-    code = f"from arctic_trt.triton.control import *; Listener(Path({str(path)!r}), print); print('up', flush=True); input()"
+    listen = f"Listener(Path({str(path)!r}), print, print)"
+    code = f"from arctic_trt.triton.control import *; {listen}; print('up', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
-        line = Line(path)
+        line = Line(path, lambda news: None)
         assert line.alive
         process.kill()
         process.wait()
         until(lambda: not line.alive)
         line.cancel("nobody")
-    listener = Listener(path, lambda each: None)  # the file that was left is in nobody's way
-    assert not line.alive and Line(path).alive
+    assert no_line(path)
+    listener = Listener(path, lambda each: None, lambda: None)  # the file that was left is in nobody's way
+    assert not line.alive and not no_line(path)
     listener.close()
 
 
