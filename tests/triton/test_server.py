@@ -157,9 +157,9 @@ def test_a_connection_that_was_closed_does_not_block_its_port() -> None:
 
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 40 << 20}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 200 << 20}))
     check_shared_memory(1, tmp_path)
-    with pytest.raises(RefusedError, match=r"has 40 MiB free, and 64 MiB are needed for 4 ranks. .*--shm-size"):
+    with pytest.raises(RefusedError, match=r"has 200 MiB free, and 224 MiB are needed for 4 ranks. .*--shm-size"):
         check_shared_memory(4, tmp_path)
 
 
