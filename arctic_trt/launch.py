@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from arctic_trt.errors import RefusedError
 from arctic_trt.machine import available_cores
 
 PR_SET_PDEATHSIG = 1
@@ -61,6 +63,23 @@ def local_threads(local_ranks: int) -> int:
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """``environ`` for a child that is no rank of this process's job, though it may start MPI on its own."""
     return {key: value for key, value in environ.items() if not key.startswith(RANK_PREFIXES)}
+
+
+def become_mpirun(count: int, arguments: Sequence[str]) -> None:
+    """Become ``mpirun -n count arctic-trt arguments``; does not return.
+
+    Raises :class:`RefusedError` when there is no mpirun beside this Python or on the PATH.
+    """
+    beside = Path(sys.executable).with_name("mpirun")
+    program = str(beside) if beside.exists() else "mpirun"
+    words = [program, "-n", str(count), "--oversubscribe", "--allow-run-as-root", sys.executable, "-m", "arctic_trt", *arguments]
+    os.environ.setdefault("HOME", "/tmp")
+    try:
+        os.execvp(program, words)
+    except FileNotFoundError:
+        raise RefusedError(
+            f"Starting {count} processes needs mpirun, which is not installed.", "pip install 'arctic-trt[mpi]'"
+        ) from None
 
 
 def tie_to_launcher() -> None:

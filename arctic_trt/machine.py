@@ -27,6 +27,9 @@ UNLIMITED_V1 = 1 << 60
 NVIDIA_SMI_PATIENCE_S = 10.0
 """A node of eight GPUs without persistence mode takes several seconds to answer: each GPU is woken up for it."""
 GPU_FIELDS = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
+INSTALL_TRITONSERVER = (
+    "pip install 'arctic-trt[triton]' (x86-64, Python 3.10 to 3.12), or use NVIDIA's container of Triton Inference Server."
+)
 LINK = re.compile(r"NV\d+")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -230,6 +233,20 @@ def last_level_cache() -> int:
             continue
         sizes[shared_by] = int(size.removesuffix("K")) * 1024 if size.endswith("K") else 0
     return sum(sizes.values())
+
+
+def find_tritonserver() -> Path | None:
+    """The program of Triton Inference Server: the wheel ``nvidia-pytriton``'s, else PATH's or the container's."""
+    import importlib.util  # here, as above all a command line has to be quick
+    import shutil
+
+    wheel = importlib.util.find_spec("pytriton")  # finds, but does not import
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        program = Path(folder) / "tritonserver" / "bin" / "tritonserver"
+        if program.is_file():
+            return program
+    found = shutil.which("tritonserver", path=f"{os.environ.get('PATH', '')}:/opt/tritonserver/bin")
+    return Path(found) if found else None
 
 
 def package_version(name: str) -> str | None:

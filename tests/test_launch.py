@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from arctic_trt import launch
-from arctic_trt.launch import Launch, end_job, find_launch, is_leader, tie_to_launcher, wait_for_leader, without_launcher
+from arctic_trt.errors import RefusedError
+from arctic_trt.launch import (
+    Launch,
+    become_mpirun,
+    end_job,
+    find_launch,
+    is_leader,
+    tie_to_launcher,
+    wait_for_leader,
+    without_launcher,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +68,22 @@ def test_a_follower_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     assert wait_for_leader() == 3 and not is_leader()
     assert waited == [pytest.approx(launch.PATIENCE_BEFORE_MPI_S + 0.3)]
+
+
+def test_ranks_are_started_by_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, list[str]]] = []
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setattr(launch.os, "execvp", lambda program, words: called.append((program, words)))
+    become_mpirun(3, ["quantize", "--workers", "3"])
+    [(program, words)] = called
+    assert program.endswith("mpirun") and words[:3] == [program, "-n", "3"]
+    assert words[-5:] == ["-m", "arctic_trt", "quantize", "--workers", "3"]
+
+
+def test_without_mpirun_there_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(launch.os, "execvp", absent)
+    with pytest.raises(RefusedError, match=r"Starting 2 processes needs mpirun, .* pip install 'arctic-trt\[mpi\]'"):
+        become_mpirun(2, ["quantize"])

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from arctic_trt.machine import (
     ask_nvidia_smi,
     available_memory,
     describe_links,
+    find_tritonserver,
     memory_limit,
     package_version,
     parse_topology,
@@ -421,3 +423,20 @@ def test_cores_in_a_container_of_the_older_kind(
     names = {"cpu,cpuacct/docker/1f/cpu.cfs_quota_us": quota, "cpu,cpuacct/docker/1f/cpu.cfs_period_us": 100000}
     memory(names, mine="3:cpu,cpuacct:/docker/1f\n")
     assert machine.available_cores() == expected
+
+
+def test_the_tritonserver_of_the_wheel_comes_before_that_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "tritonserver"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_tritonserver() == program
+    wheel = tmp_path / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+    wheel.parent.mkdir(parents=True)
+    spec = ModuleSpec("pytriton", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "pytriton")]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert find_tritonserver() == program, "a wheel for another machine has no program"
+    wheel.write_text("")
+    assert find_tritonserver() == wheel

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, SectionedCommand, config_option, output_options
+from arctic_trt.cli.options import DIRECTORY, SectionedCommand, config_option, output_options, refuse_several_processes
 from arctic_trt.cli.trtllm_options import trtllm_options, trtllm_sections
 from arctic_trt.output import Output, duration, gigabytes
 
@@ -70,7 +69,11 @@ def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) ->
     from arctic_trt.engine.config import TENSORRT_LLM
     from arctic_trt.recipes import BuildRecipe, resolve
 
-    refuse_several_processes()
+    refuse_several_processes(
+        "build",
+        "and shares out its ranks by itself",
+        "Start it without mpirun; --workers says how many ranks at a time, --ranks which on this machine.",
+    )
     recipe = resolve(BuildRecipe, flags, config)
     backend = choose_backend(recipe.backend, dry_run=dry_run)
     checkpoint, limits = _inputs(recipe, beam_search=backend == TENSORRT_LLM)
@@ -80,19 +83,6 @@ def command(output: Output, config: Path | None, dry_run: bool, **flags: Any) ->
         build_with_tensorrt_llm(recipe, checkpoint, limits, output, dry_run=dry_run)
     else:
         _build_with_torch(recipe, checkpoint, limits, output, dry_run=dry_run)
-
-
-def refuse_several_processes() -> None:
-    """A build starts its own processes; under mpirun each rank would do all of it."""
-    from arctic_trt.errors import RefusedError
-    from arctic_trt.launch import find_launch
-
-    launch = find_launch(os.environ)
-    if launch and (launch.world_size or 1) > 1:
-        raise RefusedError(
-            f"build was started as {launch.world_size} processes, and shares out its ranks by itself.",
-            "Start it without mpirun; --workers says how many ranks at a time, --ranks which on this machine.",
-        )
 
 
 def _inputs(recipe: BuildRecipe, *, beam_search: bool) -> tuple[TrtCheckpoint, BuildConfig]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "build": "Build an engine directory from a TensorRT-LLM checkpoint.",
     "plan": "Forecast sizes, memory, disk, time and GPUs, from config.json alone.",
     "run": "Generate text with an engine, alone or under mpirun.",
+    "triton": "Write a model repository for Triton Inference Server, and serve it.",
     "bench": "Measure latency and throughput of an engine or a server.",
     "lm_eval": "Run EleutherAI's lm-evaluation-harness on an engine, alone or under mpirun.",
     "doctor": "Say what this machine has, which steps work on it, and what to do next.",
@@ -34,6 +35,8 @@ Exit codes:
 Every flag is accepted with underscores and with hyphens."""
 
 INTERRUPTED = 130
+HIDDEN = ("service", "gateway")
+"""Commands that other commands start."""
 
 
 class LazyGroup(click.Group):
@@ -43,7 +46,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMANDS and cmd_name not in HIDDEN:
             return None
         command: click.Command = importlib.import_module(f"arctic_trt.cli.{cmd_name}").command
         return command

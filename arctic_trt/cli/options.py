@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from arctic_trt.errors import RefusedError
 from arctic_trt.launch import Launch, find_launch, tie_to_launcher
 from arctic_trt.output import Output
 
@@ -49,7 +50,7 @@ class SectionedCommand(click.Command):
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 records.setdefault(self._sections.get(parameter.name or "", "Options"), []).append(record)
         for title, lines in records.items():
             with formatter.section(title):
@@ -107,6 +108,13 @@ def join_job(output: Output) -> Launch | None:
     if launch and launch.rank:
         output.mute()
     return launch
+
+
+def refuse_several_processes(command: str, why: str, hint: str) -> None:
+    """Refuse mpirun for a ``command`` that starts its own processes: each rank would do all of it."""
+    launch = find_launch(os.environ)
+    if launch and (launch.world_size or 1) > 1:
+        raise RefusedError(f"{command} was started as {launch.world_size} processes, {why}.", hint)
 
 
 def config_option(command: Command) -> Command:

@@ -58,15 +58,16 @@ def command(output: Output, config: Path | None, dry_run: bool, no_verify: bool,
     Started under mpirun or srun, or with --workers, several processes share the work; the result is the same bytes.
     """
     launch = join_job(output)
+    from arctic_trt.launch import become_mpirun
     from arctic_trt.recipes import QuantizeRecipe, resolve
 
     recipe = resolve(QuantizeRecipe, flags, config)
-    from arctic_trt.quantize.mpi import join_team, start_workers
+    from arctic_trt.quantize.mpi import join_team
     from arctic_trt.quantize.pipeline import check_output, finished_report, run_quantization, settle_output
     from arctic_trt.quantize.plan import plan_quantization
 
     if recipe.workers > 1 and launch is None and not dry_run:
-        start_workers(recipe.workers, sys.argv[1:])
+        become_mpirun(recipe.workers, sys.argv[1:])
     plan = plan_quantization(recipe, (launch.local_size or launch.world_size or 1) if launch else 1)
     _announce(plan, output)
     team = join_team(launch, plan.source.config.num_experts_per_tok)

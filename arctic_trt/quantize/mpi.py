@@ -1,11 +1,6 @@
-"""Quantization by several processes: joining the others, or starting them."""
+"""Quantization by several processes: joining the others."""
 
 from __future__ import annotations
-
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import Launch
@@ -36,27 +31,3 @@ def join_team(launch: Launch | None, experts_per_token: int) -> Team:
             "pip install 'arctic-trt[mpi]'",
         ) from None
     return MpiTeam(MPI.COMM_WORLD)
-
-
-def start_workers(count: int, arguments: Sequence[str]) -> None:
-    """Become ``mpirun -n count arctic-trt arguments``; does not return.
-
-    Raises :class:`RefusedError` when there is no mpirun beside this Python or on the PATH.
-    """
-    beside = Path(sys.executable).with_name("mpirun")
-    program = str(beside) if beside.exists() else "mpirun"
-    command = [
-        program,
-        "-n",
-        str(count),
-        "--oversubscribe",
-        "--allow-run-as-root",
-        sys.executable,
-        "-m",
-        "arctic_trt",
-        *arguments,
-    ]
-    try:
-        os.execvp(program, command)
-    except FileNotFoundError:
-        raise RefusedError("--workers needs mpirun, which is not installed.", "pip install 'arctic-trt[mpi]'") from None

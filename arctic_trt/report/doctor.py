@@ -30,6 +30,7 @@ from arctic_trt.report.obstacles import (
     package_obstacles,
     shared_memory_obstacles,
     torch_obstacles,
+    tritonserver_obstacles,
     worst,
 )
 from arctic_trt.report.plan import Forecast
@@ -37,12 +38,6 @@ from arctic_trt.report.plan import Forecast
 WORKS = "works"
 WANTED_FILES = 65536
 """Open files: NCCL and MPI take several for each pair of ranks, and the usual 1024 run out."""
-
-Missing = Mapping[str, tuple[str, str]]
-MISSING: Missing = {
-    "serve": ("this version has no arctic-trt triton yet", "Generate with arctic-trt run."),
-}
-"""What this version of arctic-trt cannot do on any machine: why, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +66,11 @@ def forecast_here(facts: Facts) -> Forecast:
     return forecast_released(workers=facts.cores, budget_bytes=int(SAFE_SHARE * facts.memory_free_bytes))
 
 
-def diagnose(facts: Facts, full: Forecast, missing: Missing = MISSING) -> list[Capability]:
-    """A verdict on each step, in the order in which they are taken; those in ``missing`` fail on every machine."""
+def diagnose(facts: Facts, full: Forecast) -> list[Capability]:
+    """A verdict on each step, in the order in which they are taken."""
     found = []
     for name, step in STEPS.items():
-        obstacle = Obstacle(NO, *missing[name]) if name in missing else worst(step.obstacles(facts, full))
+        obstacle = worst(step.obstacles(facts, full))
         if obstacle:
             found.append(Capability(name, obstacle.verdict, obstacle.why, obstacle.next_step))
         else:
@@ -147,8 +142,7 @@ def _run_tensorrt_llm(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
 
 
 def _serve(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
-    if facts.tritonserver is None:
-        yield Obstacle(NO, "there is no tritonserver", "Use NVIDIA's container of Triton Inference Server.")
+    yield from tritonserver_obstacles(facts)
     engines = [worst(rule(facts, full)) for rule in (_run_tensorrt_llm, _run_torch)]
     in_the_way = [obstacle for obstacle in engines if obstacle]
     if len(in_the_way) == len(engines):

@@ -20,6 +20,7 @@ from arctic_trt.machine import (
     Gpu,
     available_cores,
     available_memory,
+    find_tritonserver,
     memory_limit,
     package_version,
     query_driver_cuda,
@@ -38,7 +39,10 @@ PACKAGES = (
     "nvidia-modelopt",
     "tensorrt_llm",
     "tensorrt",
+    "numpy",
     "tritonclient",
+    "fastapi",
+    "uvicorn",
 )
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve")
 """Those that decide how fast bf16 is multiplied; the last three are Arm's."""
@@ -154,7 +158,7 @@ def gather(directory: Path) -> Facts:
         packages={name: package_version(name) for name in PACKAGES},
         torch_cuda=find_torch_cuda(),
         c_compiler=find_compiler(os.environ),
-        tritonserver=shutil.which("tritonserver", path=f"{os.environ.get('PATH', '')}:/opt/tritonserver/bin"),
+        tritonserver=str(find_tritonserver() or "") or None,
         mpi=mpi,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from arctic_trt.engine.tensorrt_llm.needs import FP8_SM
 from arctic_trt.engine.tensorrt_llm.versions import NEWEST, why_unsupported
 from arctic_trt.errors import UsageError
+from arctic_trt.machine import INSTALL_TRITONSERVER
 from arctic_trt.report.arctic import LOAD
 from arctic_trt.report.facts import Facts
 from arctic_trt.report.gpus import USABLE_SHARE, Fit, Machine, judge_machine
@@ -152,6 +153,18 @@ def shared_memory_obstacles(facts: Facts) -> Iterator[Obstacle]:
         why = f"/dev/shm has {gb(facts.shm_total_bytes)}, NCCL between {len(facts.gpus)} GPUs wants {gb(NCCL_SHM_BYTES)}"
         how = "Start the container with --ipc=host or --shm-size=1g." if facts.container else "mount -o remount,size=1g /dev/shm"
         yield Obstacle(TINY_ONLY, why, how)
+
+
+def tritonserver_obstacles(facts: Facts) -> Iterator[Obstacle]:
+    """What keeps a model repository from being served."""
+    if facts.tritonserver is None:
+        yield Obstacle(NO, "there is no tritonserver", INSTALL_TRITONSERVER)
+    absent = [name for name in ("tritonclient", "fastapi", "uvicorn") if facts.packages[name] is None]
+    if absent:
+        yield Obstacle(NO, f"{absent[0]} is not installed", "pip install 'arctic-trt[triton]'")
+    numpy = facts.packages["numpy"]
+    if numpy and not numpy.startswith("1."):
+        yield Obstacle(NO, f"numpy is {numpy}, tritonserver's Python backend was built for numpy 1", "pip install 'numpy<2'")
 
 
 def fit_here(facts: Facts, full: Forecast) -> Fit | None:

@@ -31,6 +31,8 @@ STEP_TOKENS = 1024
 Execute = Callable[[Step], Tensor | None]
 OnPiece = Callable[[int, str], None]
 OnToken = Callable[[int, int], None]
+OnSettled = Callable[[int, list[int], tuple[TokenLogprobs, ...] | None], None]
+OnError = Callable[[int, ArcticTrtError], None]
 OnPromptLogits = Callable[[int, int, Tensor], None]
 
 
@@ -56,12 +58,16 @@ class Listeners:
     """Who is told while generation goes on, always with the request's index first.
 
     Of a piece of text that has become certain, of each token as it is chosen, of the completion, and of prompt logits
-    (request, first position, [W, V]).
+    (request, first position, [W, V]). ``on_settled`` is told of tokens, and their log probabilities if they were wanted, once the
+    text of all tokens so far is out and more are to come. With ``on_error`` a request whose next token cannot be chosen is taken
+    out and the others go on; without it, that is raised.
     """
 
     on_piece: OnPiece = lambda index, piece: None
     on_token: OnToken = lambda index, token: None
+    on_settled: OnSettled = lambda index, tokens, logprobs: None
     on_done: OnDone = lambda index, completion: None
+    on_error: OnError | None = None
     on_prompt_logits: OnPromptLogits = lambda index, start, logits_WV: None
 
 
@@ -74,6 +80,7 @@ class Writer:
     detokenizer: Detokenizer | None
     stop_words: StopWords
     pieces: list[str] = field(default_factory=list)
+    num_settled: int = 0
 
     def push(self, token: int) -> bool:
         """Add a token's text; returns whether a stop word has appeared."""
@@ -89,6 +96,11 @@ class Writer:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def settled(self) -> bool:
+        """The text of all tokens so far is out."""
+        return self.detokenizer is not None and not self.detokenizer.open and not self.stop_words.holding
 
     def _add(self, piece: str) -> bool:
         text, stopped = self.stop_words.push(piece)
@@ -140,14 +152,17 @@ class Batcher:
         """Of the cache, and of the work since the start."""
         return self._scheduler.stats
 
-    def add(self, request: Request) -> None:
-        """Let a request in; its index must not be under way. Raises :class:`UsageError` for one that the cache cannot hold."""
+    def add(self, request: Request, *, text: bool = True) -> None:
+        """Let a request in; its index must not be under way. Raises :class:`UsageError` for one that the cache cannot hold.
+
+        Without ``text`` there is none, and stop words have no effect.
+        """
         check_fits(request, self._room)
         self._scheduler.add(request)
         self._writers[request.index] = Writer(
             request.index,
             self._listeners.on_piece,
-            self._detokenizer(),
+            self._detokenizer() if text else None,
             StopWords(request.stop_words),
         )
         self._choosers[request.index] = Chooser(request)
@@ -158,15 +173,21 @@ class Batcher:
             self._finish(self._scheduler.sequence(index), CANCELLED)
 
     def step(self) -> None:
-        """Compute once; raises :class:`ArcticTrtError` when the logits are not finite. Nothing happens when idle."""
+        """Compute once. Nothing happens when idle.
+
+        Raises :class:`ArcticTrtError` when the logits are not finite or bad words leave no token, unless a listener takes it.
+        """
         step = self._scheduler.next_step()
         if step is None:
             return
         ready = self._compute(step)
         for (sequence, _), token in zip(ready, self._choose_tokens(ready), strict=True):
-            reason = self._extend(sequence, token)
-            if reason:
+            if isinstance(token, ArcticTrtError):
+                self._fail(sequence, token)
+            elif reason := self._extend(sequence, token):
                 self._finish(sequence, reason)
+            else:
+                self._settle(sequence)
 
     def _compute(self, step: Step) -> list[tuple[Sequence, Tensor]]:
         """Run a step; returns the sequences whose next token can be chosen now, with the logits [V] to choose from."""
@@ -184,14 +205,10 @@ class Batcher:
                 ready.append((sequence, mine_WV[-1]))
         return ready
 
-    def _choose_tokens(self, ready: list[tuple[Sequence, Tensor]]) -> list[int]:
+    def _choose_tokens(self, ready: list[tuple[Sequence, Tensor]]) -> list[int | ArcticTrtError]:
         if not ready:
             return []
         logits_WV = torch.stack([logits_V for _, logits_V in ready])
-        finite = logits_WV.sum(-1).isfinite().tolist()  # a sum is as finite as what is summed, and five times as fast to ask
-        if not all(finite):
-            broken = ready[finite.index(False)][0]
-            raise broken_logits(broken.request.index, broken.computed - 1)
         sequences = [sequence for sequence, _ in ready]
         choosers = [self._choosers[sequence.request.index] for sequence in sequences]
         return choose_tokens(logits_WV, choosers, [sequence.tokens for sequence in sequences])
@@ -204,6 +221,21 @@ class Batcher:
         if self._writers[request.index].push(token) or token in request.end_ids:
             return "stop"
         return "length" if sequence.num_generated == request.max_new_tokens else None
+
+    def _settle(self, sequence: Sequence) -> None:
+        index = sequence.request.index
+        writer = self._writers[index]
+        if writer.settled:
+            begin, writer.num_settled = writer.num_settled, sequence.num_generated
+            self._listeners.on_settled(index, sequence.generated_from(begin), self._choosers[index].logprobs_from(begin))
+
+    def _fail(self, sequence: Sequence, error: ArcticTrtError) -> None:
+        if self._listeners.on_error is None:
+            raise error
+        index = sequence.request.index
+        self._scheduler.finish(sequence)
+        del self._writers[index], self._choosers[index]
+        self._listeners.on_error(index, error)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         request = sequence.request
@@ -248,11 +280,3 @@ def generate(
         *(stats.computed_tokens, stats.reused_tokens, stats.preemptions),
     )
     return [done[request.index] for request in requests]
-
-
-def broken_logits(index: int, position: int) -> ArcticTrtError:
-    """What to raise for logits that are not finite."""
-    return ArcticTrtError(
-        f"The logits of prompt {index} at position {position} are not finite.",
-        "A scale of the checkpoint is probably wrong: verify it, or quantize again.",
-    )

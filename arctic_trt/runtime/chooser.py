@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from arctic_trt.errors import ArcticTrtError
+from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import (
     Floats,
@@ -22,6 +22,9 @@ from arctic_trt.runtime.sampler import (
     penalize_seen,
     request_generator,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,10 @@ class Chooser:
         self._logprobs: list[TokenLogprobs] = []
 
     @property
+    def index(self) -> int:
+        return self._request.index
+
+    @property
     def is_argmax(self) -> bool:
         """The largest of the logits as they come is chosen."""
         return self._sampling.is_argmax and not self._request.bad_words
@@ -68,14 +75,18 @@ class Chooser:
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
         """Of the tokens chosen so far, if the request wants them."""
-        return None if self._request.logprobs is None else tuple(self._logprobs)
+        return self.logprobs_from(0)
+
+    def logprobs_from(self, begin: int) -> tuple[TokenLogprobs, ...] | None:
+        """The same, without those of the first ``begin`` tokens."""
+        return None if self._request.logprobs is None else tuple(self._logprobs[begin:])
 
     def choose(self, logits_V: Floats, tokens: Sequence[int]) -> int:
-        """The next token after ``tokens``, prompt and output; raises :class:`ArcticTrtError` when bad words leave none."""
+        """The next token after ``tokens``, prompt and output; raises :class:`UsageError` when bad words leave none."""
         adjusted_V = self._adjust(logits_V, tokens)
         token = int(adjusted_V.argmax())
         if adjusted_V[token] == -np.inf:
-            raise ArcticTrtError(
+            raise UsageError(
                 f"The bad words of prompt {self._request.index} leave no token after {len(tokens)}.", "Forbid fewer words."
             )
         if not self._sampling.greedy:
@@ -107,13 +118,32 @@ class Chooser:
         return adjusted_V
 
 
-def choose_tokens(logits_WV: Tensor, choosers: Sequence[Chooser], tokens: Sequence[Sequence[int]]) -> list[int]:
-    """The next token for each of the sequences, whose ``tokens`` are prompt and output; finite float32 logits on the CPU."""
+def choose_tokens(logits_WV: Tensor, choosers: Sequence[Chooser], tokens: Sequence[Sequence[int]]) -> list[int | ArcticTrtError]:
+    """The next token for each of the sequences, whose ``tokens`` are prompt and output, or why it has none.
+
+    The logits are float32 on the CPU; a row that is not finite has no token, nor has one whose bad words leave none.
+    """
     largest = logits_WV.argmax(-1).tolist()
-    chosen = []
+    finite = logits_WV.sum(-1).isfinite().tolist()  # a sum is as finite as what is summed, and five times as fast to ask
+    chosen: list[int | ArcticTrtError] = []
     for row, chooser in enumerate(choosers):
         logits_V = logits_WV[row].numpy()
-        token = largest[row] if chooser.is_argmax else chooser.choose(logits_V, tokens[row])
+        if not finite[row]:
+            chosen.append(broken_logits(chooser.index, len(tokens[row]) - 1))
+            continue
+        try:
+            token = largest[row] if chooser.is_argmax else chooser.choose(logits_V, tokens[row])
+        except ArcticTrtError as error:
+            chosen.append(error)
+            continue
         chooser.add(logits_V, token)
         chosen.append(token)
     return chosen
+
+
+def broken_logits(index: int, position: int) -> ArcticTrtError:
+    """What to say of logits that are not finite."""
+    return ArcticTrtError(
+        f"The logits of prompt {index} at position {position} are not finite.",
+        "A scale of the checkpoint is probably wrong: verify it, or quantize again.",
+    )

@@ -30,6 +30,11 @@ class Detokenizer:
         self._open.append(token)
         return self._take(final=False) if token in self._settled else ""
 
+    @property
+    def open(self) -> bool:
+        """Some tokens' text is not known yet."""
+        return bool(self._open)
+
     def flush(self) -> str:
         """What is still held back, at the end of the sequence."""
         return self._take(final=True)
@@ -60,6 +65,11 @@ class StopWords:
         keep = self._longest_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
+
+    @property
+    def holding(self) -> bool:
+        """Some text may be the beginning of a stop word."""
+        return bool(self._held)
 
     def flush(self) -> str:
         """Held-back text that turned out not to begin a stop word."""

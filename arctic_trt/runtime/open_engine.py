@@ -32,6 +32,7 @@ class OpenEngine:
         self._backend = backend
         self.limits: BuildConfig = engine.build_config
         self.vocab_size: int = engine.network()[0].vocab_size
+        self.world_size: int = comm.world_size
 
     def complete(
         self,

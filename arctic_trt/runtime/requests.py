@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.sampler import Sampling
+
+if TYPE_CHECKING:  # servers and their clients need no torch
+    from arctic_trt.engine.config import BuildConfig
 
 END_OF_TEXT = "</s>"
 GENERATION_CONFIG = "generation_config.json"

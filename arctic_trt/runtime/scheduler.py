@@ -37,6 +37,10 @@ class Sequence:
     def generated(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
+    def generated_from(self, begin: int) -> list[int]:
+        """The generated tokens without the first ``begin``."""
+        return self.tokens[len(self.request.prompt) + begin :]
+
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
@@ -66,11 +70,18 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Blocks now, and what there was since the start: tokens computed, tokens found in the cache instead, preemptions."""
+    """Sequences and blocks now, and what there was since the start.
 
+    ``batch_size`` is of the last step; there were ``steps``, tokens computed, tokens found in the cache instead, preemptions.
+    """
+
+    waiting: int
+    active: int
+    batch_size: int
     blocks: int
     blocks_in_use: int
     blocks_cached: int
+    steps: int
     computed_tokens: int
     reused_tokens: int
     preemptions: int
@@ -99,15 +110,19 @@ class Scheduler:
         self._freed: list[int] = []
         self._max_active = min(max_batch_size, max_num_tokens)
         self._max_num_tokens = max_num_tokens
-        self._computed = self._reused = self._preemptions = 0
+        self._batch_size = self._steps = self._computed = self._reused = self._preemptions = 0
 
     @property
     def stats(self) -> Stats:
         pool = self._pool
         return Stats(
+            waiting=len(self._waiting),
+            active=len(self._active),
+            batch_size=self._batch_size,
             blocks=pool.num_blocks,
             blocks_in_use=pool.num_blocks - pool.num_available,
             blocks_cached=pool.num_cached,
+            steps=self._steps,
             computed_tokens=self._computed,
             reused_tokens=self._reused,
             preemptions=self._preemptions,
@@ -137,6 +152,7 @@ class Scheduler:
         if not chunks:  # the oldest could take the blocks of all others, so that it would have gone on
             raise RuntimeError("a sequence does not fit into the KV cache alone")
         freed, self._freed = tuple(self._freed), []
+        self._batch_size, self._steps = len(chunks), self._steps + 1
         return Step(chunks=tuple(chunks), freed=freed)
 
     def advance(self, chunk: Chunk) -> Sequence:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import UsageError
-from arctic_trt.runtime.batcher import broken_logits
+from arctic_trt.runtime.chooser import broken_logits
 from arctic_trt.runtime.requests import Request, check_vocabulary
 from arctic_trt.runtime.sampler import Sampling
 

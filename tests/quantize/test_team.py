@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import Launch
-from arctic_trt.quantize import mpi, team
-from arctic_trt.quantize.mpi import join_team, start_workers
+from arctic_trt.quantize import team
+from arctic_trt.quantize.mpi import join_team
 from arctic_trt.quantize.rows import MemoryRows
 from arctic_trt.quantize.team import MpiTeam, Solo, Team, share_of
 
@@ -170,21 +170,3 @@ def test_a_sum_of_three_is_refused() -> None:
     with pytest.raises(RefusedError, match="num_experts_per_tok=3: beyond 2 the order of additions would depend on the number"):
         join_team(Launch(0, 2, 2), 3)
     assert isinstance(join_team(None, 3), Solo)
-
-
-def test_workers_are_started_by_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(mpi.os, "execvp", lambda program, words: called.append((program, words)))
-    start_workers(3, ["quantize", "--workers", "3"])
-    [(program, words)] = called
-    assert program.endswith("mpirun") and words[:3] == [program, "-n", "3"]
-    assert words[-5:] == ["-m", "arctic_trt", "quantize", "--workers", "3"]
-
-
-def test_without_mpirun_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(mpi.os, "execvp", absent)
-    with pytest.raises(RefusedError, match=r"--workers needs mpirun, which is not installed\. pip install 'arctic-trt\[mpi\]'"):
-        start_workers(2, ["quantize"])

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from arctic_trt.machine import Gpu
+from arctic_trt.machine import INSTALL_TRITONSERVER, Gpu
 from arctic_trt.report.arctic import RELEASED, TP_SIZE, forecast_released
 from arctic_trt.report.doctor import (
-    MISSING,
     STEPS,
     Capability,
     advise,
@@ -42,8 +41,7 @@ INSTALL = "pip install tensorrt-llm==1.2.1"
 
 
 def verdicts(facts: Facts) -> dict[str, Capability]:
-    """As if this version could do everything: the rules of steps that are still to come are tested too."""
-    return {capability.name: capability for capability in diagnose(facts, forecast_here(facts), missing={})}
+    return {capability.name: capability for capability in diagnose(facts, forecast_here(facts))}
 
 
 def summary(facts: Facts) -> dict[str, str]:
@@ -99,10 +97,9 @@ def test_a_laptop_with_a_large_disk_quantizes_the_full_arctic() -> None:
 
 @pytest.mark.parametrize("facts", [LAPTOP, H100_NODE, A100_NODE, SMALL_SHM])
 def test_whatever_does_not_work_has_one_next_step(facts: Facts) -> None:
-    for missing in ({}, MISSING):
-        for capability in diagnose(facts, forecast_here(facts), missing):
-            assert bool(capability.next_step) == (capability.verdict != "works"), capability
-            assert capability.why
+    for capability in diagnose(facts, forecast_here(facts)):
+        assert bool(capability.next_step) == (capability.verdict != "works"), capability
+        assert capability.why
 
 
 def one(facts: Facts, step: str, verdict: str, why: str, next_step: str) -> None:
@@ -337,7 +334,7 @@ def test_pipelines_of_gpus_are_named() -> None:
 
 
 def test_serving_needs_a_server_and_an_engine_that_runs() -> None:
-    one(H100_NODE, SERVE, NO, "there is no tritonserver", "Use NVIDIA's container of Triton Inference Server.")
+    one(H100_NODE, SERVE, NO, "there is no tritonserver", INSTALL_TRITONSERVER)
     served = change(LAPTOP, tritonserver="/opt/tritonserver/bin/tritonserver")
     found = verdicts(served)[SERVE]
     assert found.verdict == TINY_ONLY, "the torch engine of the tiny model runs there"
@@ -346,12 +343,13 @@ def test_serving_needs_a_server_and_an_engine_that_runs() -> None:
     one(bare, SERVE, NO, "no engine runs: no NVIDIA GPU", "Build with --backend torch here.")
 
 
-def test_what_this_version_cannot_do_fails_everywhere() -> None:
-    found = {capability.name: capability for capability in diagnose(H100_NODE, forecast_here(H100_NODE))}
-    for name, (why, instead) in MISSING.items():
-        assert (found[name].verdict, found[name].why, found[name].next_step) == (NO, why, instead)
-    assert {found[name].verdict for name in STEPS if name not in MISSING} == {"works"}
-    assert found.keys() == STEPS.keys() >= MISSING.keys()
+def test_a_server_needs_the_packages_of_its_models() -> None:
+    served = change(H100_NODE, tritonserver="/opt/tritonserver/bin/tritonserver")
+    assert verdicts(served)[SERVE].verdict == "works"
+    no_front_end = change(served, packages={"fastapi": None, "uvicorn": None})
+    one(no_front_end, SERVE, NO, "fastapi is not installed", "pip install 'arctic-trt[triton]'")
+    why = "numpy is 2.3.5, tritonserver's Python backend was built for numpy 1"
+    one(change(served, packages={"numpy": "2.3.5"}), SERVE, NO, why, "pip install 'numpy<2'")
 
 
 def test_the_worst_obstacle_counts() -> None:

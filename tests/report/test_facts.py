@@ -284,6 +284,7 @@ def test_everything_is_gathered(programs: Callable[[str, str], Path], monkeypatc
     programs("mpirun", "echo 'mpirun (Open MPI) 5.0.11'")
     programs("tritonserver", "")
     programs("cc", "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = gather(tmp_path)

@@ -44,7 +44,10 @@ def say(chooser: Chooser, logits_TV: Tensor, prompt: tuple[int, ...] = (1, 2)) -
     """Tokens chosen one after the other from the rows."""
     tokens = list(prompt)
     for logits_V in logits_TV:
-        tokens += choose_tokens(logits_V[None], [chooser], [tokens])
+        (token,) = choose_tokens(logits_V[None], [chooser], [tokens])
+        if isinstance(token, ArcticTrtError):
+            raise token
+        tokens.append(token)
     return tokens[len(prompt) :]
 
 

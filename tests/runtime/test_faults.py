@@ -13,6 +13,7 @@ import pytest
 
 from tests.runtime.conftest import Model
 from tests.support.engines import ROOT, mpi_environ, mpirun, mpirun_command, write_prompts
+from tests.support.waiting import alive, wait_until
 
 pytestmark = pytest.mark.mpi
 
@@ -86,20 +87,3 @@ def test_no_rank_outlives_a_killed_launcher(run: list[object], tmp_path: Path) -
         assert all(map(alive, pids))
         job.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not any(map(alive, pids)), LIMIT_S)
-
-
-def wait_until(condition, limit_s: float) -> bool:  # type: ignore[no-untyped-def]
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that nobody has collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -40,20 +40,20 @@ class LineError(Exception):
         self.message = message
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No unknown fields, and no number that is given as a text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message; there are no others."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One turn of a conversation."""
 
     role: str
@@ -64,11 +64,9 @@ class ChatMessage(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class Body(_Strict):
-    """What is asked for, in the names of OpenAI's completions and chat completions; None is for the command line's default."""
+class Asked(Strict):
+    """How to answer, in the names of OpenAI's completions and chat completions; None is for the default."""
 
-    prompt: str | list[int] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
@@ -84,23 +82,46 @@ class Body(_Strict):
     logprobs: bool | Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stream: Literal[False] | None = None
     model: str | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Body:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("expected exactly one of prompt and messages")
+    def _check_pairs(self) -> Asked:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ, expected one of them")
         if self.top_logprobs is not None and self.logprobs is not True:
             raise ValueError("top_logprobs goes with logprobs true")
         return self
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The fields of :data:`SAMPLING` that are given."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
 
-class Envelope(_Strict):
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to name beside each token's own logarithm of its probability; None for neither."""
+        if isinstance(self.logprobs, bool):
+            return (self.top_logprobs or 0) if self.logprobs else None
+        return self.logprobs
+
+
+class Body(Asked):
+    """A line's request."""
+
+    prompt: str | list[int] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    stream: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Body:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected exactly one of prompt and messages")
+        return self
+
+
+class Envelope(Strict):
     """A line in OpenAI's batch form."""
 
     custom_id: str | None = None
@@ -149,28 +170,23 @@ class Line:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """The fields of :data:`SAMPLING` that the line gives."""
-        return {name: value for name in SAMPLING if (value := getattr(self.body, name)) is not None}
+        return self.body.sampling
 
     @property
     def logprobs(self) -> int | None:
-        """How many alternatives to name beside each token's own logarithm of its probability; None for neither."""
-        asked = self.body.logprobs
-        if isinstance(asked, bool):
-            return (self.body.top_logprobs or 0) if asked else None
-        return asked
+        return self.body.num_logprobs
 
 
-def decode_line(data: bytes) -> dict[str, Any]:
-    """The JSON object that a line is; raises :class:`LineError`."""
+def decode_line(data: bytes, what: str = "The line") -> dict[str, Any]:
+    """The JSON object that ``data`` is; raises :class:`LineError`, which calls it ``what``."""
     try:
         value = json.loads(data.decode())
     except json.JSONDecodeError as error:
-        raise LineError(INVALID_JSON, f"The line is not JSON: {error.msg} at column {error.colno}.") from None
+        raise LineError(INVALID_JSON, f"{what} is not JSON: {error.msg} at column {error.colno}.") from None
     except (ValueError, RecursionError) as error:
-        raise LineError(INVALID_JSON, f"The line is not JSON: {error}.") from None
+        raise LineError(INVALID_JSON, f"{what} is not JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise LineError(INVALID_JSON, f"The line is a {type(value).__name__}, expected a JSON object.")
+        raise LineError(INVALID_JSON, f"{what} is a {type(value).__name__}, expected a JSON object.")
     return value
 
 
@@ -182,14 +198,20 @@ def custom_id_of(value: Mapping[str, Any], number: int) -> str:
 
 def parse_line(value: dict[str, Any], number: int) -> Line:
     """Check what :func:`decode_line` gave; raises :class:`LineError` naming the field, what was found and what was expected."""
+    refuse_half_characters(value)
     try:
-        json.dumps(value, ensure_ascii=False).encode()  # half a character passes for JSON, but is no text
         body = Envelope.model_validate(value).body if "body" in value else Flat.model_validate(value)
     except ValidationError as error:
-        raise LineError(INVALID_REQUEST, _sentence(error)) from None
-    except UnicodeEncodeError as error:
-        raise LineError(INVALID_REQUEST, f"The line holds half a character, {error.object[error.start]!a}.") from None
+        raise LineError(INVALID_REQUEST, sentence(error, FIELDS, EXPECTED)) from None
     return Line(number, custom_id_of(value, number), body)
+
+
+def refuse_half_characters(value: dict[str, Any], what: str = "The line") -> None:
+    """Raise :class:`LineError` for half a character, which passes for JSON, but is no text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise LineError(INVALID_REQUEST, f"{what} holds half a character, {error.object[error.start]!a}.") from None
 
 
 def texts(given: str | list[str]) -> tuple[str, ...]:
@@ -201,9 +223,10 @@ def _ids(where: str, ids: list[int]) -> Prompt:
     return Prompt(where=where, token_ids=tuple(ids))
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError, fields: Set[str], expected: Mapping[str, str]) -> str:
+    """What the first problem is; of its place only indices and ``fields`` are named, ``expected`` has their types in words."""
     problem = error.errors(include_url=False)[0]
-    path = [part for part in problem["loc"] if isinstance(part, int) or part in FIELDS]
+    path = [part for part in problem["loc"] if isinstance(part, int) or part in fields]
     field = ".".join(map(str, path))
     if problem["type"] == "extra_forbidden":
         return f"The parameter {problem['loc'][-1]!r} is not known."
@@ -213,6 +236,6 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return f"{field + ': ' if field else ''}{reason}."
     named = next((part for part in reversed(path) if isinstance(part, str)), "")
-    expected = f"expected {EXPECTED[named]}" if named in EXPECTED else reason[:1].lower() + reason[1:]
+    wanted = f"expected {expected[named]}" if named in expected else reason[:1].lower() + reason[1:]
     shown = repr(problem["input"])
-    return f"{field} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'} is not valid, {expected}."
+    return f"{field} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'} is not valid, {wanted}."

@@ -5,15 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.chooser import TokenLogprobs
 
-NameOf = Callable[[int], str]
+NameOf = Callable[[Any], str]
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 BYTES = "bytes:"
 """How OpenAI's interfaces spell a token that is no text: ``bytes:\\xe2``."""
+
+
+class Scored(Protocol):
+    """A token's logarithm of its probability beside the likeliest ones; tokens are what a :data:`NameOf` takes."""
+
+    @property
+    def token(self) -> Any: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> Sequence[tuple[Any, float]]: ...
 
 
 def names_of(tokenizer: Tokenizer | None) -> NameOf:
@@ -29,7 +39,7 @@ def names_of(tokenizer: Tokenizer | None) -> NameOf:
     return name_of
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprobs], name_of: NameOf) -> dict[str, Any]:
+def text_logprobs(logprobs: Sequence[Scored], name_of: NameOf) -> dict[str, Any]:
     """For ``/v1/completions``: lists side by side; offsets count characters of the tokens' texts."""
     tokens = [name_of(each.token) for each in logprobs]
     return {
@@ -40,10 +50,10 @@ def text_logprobs(logprobs: Sequence[TokenLogprobs], name_of: NameOf) -> dict[st
     }
 
 
-def chat_logprobs(logprobs: Sequence[TokenLogprobs], name_of: NameOf) -> dict[str, Any]:
+def chat_logprobs(logprobs: Sequence[Scored], name_of: NameOf) -> dict[str, Any]:
     """For ``/v1/chat/completions``: an item a token."""
 
-    def item(token: int, logprob: float) -> dict[str, Any]:
+    def item(token: Any, logprob: float) -> dict[str, Any]:
         name = name_of(token)
         return {"token": name, "logprob": logprob, "bytes": _bytes_of(name)}
 

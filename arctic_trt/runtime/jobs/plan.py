@@ -99,7 +99,11 @@ def in_fields(message: str) -> str:
         flag = match[1]
         return match[0] if flag in ENGINE_FLAGS else FIELD_OF_FLAG.get(flag, flag)
 
-    return re.sub(r"--(\w+)", field_of, message.replace("Prompt 0 ", "The prompt "))
+    return re.sub(r"--(\w+)", field_of, re.sub(r"([Pp])rompt \d+ ", _the_prompt, message))
+
+
+def _the_prompt(match: re.Match[str]) -> str:
+    return "The prompt " if match[1] == "P" else "the prompt "
 
 
 def job_settings(
