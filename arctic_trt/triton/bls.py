@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arctic_trt.errors import UsageError
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, Event
+from arctic_trt.triton.answers import Answers, events_of, failure_in
 from arctic_trt.triton.control import control_path, send_cancel
 from arctic_trt.triton.names import ENGINE, INNER
 from arctic_trt.triton.slots import Slots
@@ -20,12 +21,15 @@ from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, set
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
-    ENGINE_OUTPUTS,
-    FAILURE,
+    EVENTS,
     PARAMETERS,
     TOKEN_IDS,
     Array,
+    Values,
+    choices_of,
+    in_tensors,
     inner_name,
+    plan_ask,
     read_values,
     refuse_unknown,
 )
@@ -35,15 +39,20 @@ from arctic_trt.triton.watch import Watch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Asked:
-    """A request of a client's; ``id`` is what ``arctic`` knows it by."""
+    """A request of a client's; ``id`` is what ``arctic`` knows it by, ``wanted`` are the outputs that it names."""
 
     sender: Sender
     arrays: dict[str, Array]
-    choices: int
+    values: Values
+    wanted: frozenset[str]
     id: str = field(default_factory=lambda: INNER + uuid.uuid4().hex)
     deadline: float = math.inf  # which is kept at arctic
+
+    @property
+    def choices(self) -> int:
+        return choices_of(self.values)
 
     def is_cancelled(self) -> bool:
         return self.sender.is_cancelled()
@@ -57,6 +66,7 @@ class Bls:
         settings = settings_of(args)
         end_with_server(lambda: None)
         self._texts = Texts(settings)
+        self._echo = settings["exclude_input_in_output"] == "false"
         capacity = int(settings["capacity"])
         self._slots = Slots(capacity)
         self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="request")  # Triton has each wait for its responses
@@ -67,9 +77,6 @@ class Bls:
         """Let ``requests`` in; returns when there is room for another one."""
         for request in requests:
             sender = Sender(self._stub.triton, request)
-            if sender.is_cancelled():  # while it was waiting
-                sender.end()
-                continue
             try:
                 self._take_in(request, sender)
             except UsageError as error:
@@ -77,22 +84,25 @@ class Bls:
         self._slots.wait_for_room()
 
     def close(self) -> None:
+        """Wait for what is under way."""
         self._threads.shutdown()
         self._watch.close()
 
     def _take_in(self, request: Any, sender: Sender) -> None:
+        if sender.is_cancelled():  # while it was waiting
+            sender.end()
+            return
         refuse_unknown(request.parameters())
         arrays = arrays_of(request)
-        values = read_values(arrays, CLIENT_INPUTS)
-        asked = Asked(sender, arrays, max(1, values.get("num_return_sequences", 1)))
+        wanted = frozenset(request.requested_output_names())
+        asked = Asked(sender=sender, arrays=arrays, values=read_values(arrays, CLIENT_INPUTS), wanted=wanted)
         self._slots.take(asked.choices)
-        self._threads.submit(self._serve, asked, values)
+        self._threads.submit(self._serve, asked)
 
-    def _serve(self, asked: Asked, values: dict[str, Any]) -> None:
+    def _serve(self, asked: Asked) -> None:
         self._watch.add(asked)
         try:
-            inner = {**prompt_arrays(self._texts.prompt_ids(values)), **engine_arrays(asked.arrays)}
-            self._relay(asked, inner)
+            self._relay(asked, self._texts.prompt_ids(asked.values))
         except UsageError as error:
             asked.sender.send(self._stub.refusal(str(error), INVALID), last=True)
         except Exception as error:
@@ -102,26 +112,30 @@ class Bls:
             self._watch.remove(asked)
             self._slots.release(asked.choices)
 
-    def _relay(self, asked: Asked, inner: Mapping[str, Array]) -> None:
+    def _relay(self, asked: Asked, prompt: list[int]) -> None:
         """Ask ``arctic`` and hand on what it says, as text."""
+        answers = Answers(plan_ask(asked.values, prompt, echo=self._echo))
         request = self._stub.triton.InferenceRequest(
             model_name=ENGINE,
             request_id=asked.id,
-            inputs=self._stub.tensors(inner),
-            requested_output_names=[inner_name(tensor) for tensor in ENGINE_OUTPUTS],
+            inputs=self._stub.tensors({**prompt_arrays(prompt), **engine_arrays(asked.arrays)}),
+            requested_output_names=[EVENTS.name],
         )
         for response in request.exec(decoupled=True):
             if response.has_error():
                 asked.sender.send(self._stub.triton.InferenceResponse(error=response.error()), last=True)
                 return
-            if response.output_tensors():
-                arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-                if FAILURE.name in arrays:
-                    code, message = (text.decode() for text in arrays[FAILURE.name].reshape(-1))
-                    asked.sender.send(self._stub.refusal(message, code), last=True)
-                    continue
-                asked.sender.send(self._stub.response(self._outputs(arrays)))
+            for tensor in response.output_tensors():
+                self._answer(asked, answers, events_of(tensor.as_numpy()))
         asked.sender.end()
+
+    def _answer(self, asked: Asked, answers: Answers, events: list[Event]) -> None:
+        failed = failure_in(events)
+        if failed is not None:
+            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
+            return
+        responses = [self._stub.response(self._outputs(arrays), asked.wanted) for arrays in answers.take(events)]
+        asked.sender.send_all(responses, last=events[-1].final)
 
     def _outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         about = {tensor.name: arrays[inner_name(tensor)] for tensor in (*ABOUT, TOKEN_IDS)}

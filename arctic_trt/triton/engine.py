@@ -12,17 +12,16 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
 from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event
-from arctic_trt.triton.answers import Answers
+from arctic_trt.triton.answers import Answers, events_array, failure_in
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
@@ -33,7 +32,6 @@ from arctic_trt.triton.slots import Slots
 from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
 from arctic_trt.triton.tensors import (
     ENGINE_INPUTS,
-    FAILURE,
     STOP,
     Ask,
     in_tensors,
@@ -52,11 +50,12 @@ DRAIN_S = 60.0
 
 @dataclass(eq=False, slots=True)
 class Asked:
-    """A request of Triton's under way at the ranks."""
+    """A request of Triton's under way at the ranks; ``wanted`` are the outputs that it names."""
 
     id: str
     sender: Sender
     answers: Answers
+    wanted: frozenset[str]
     deadline: float
     call: Call | None = None
 
@@ -97,7 +96,7 @@ class Engine:
             try:
                 self._take_in(request, sender)
             except UsageError as error:
-                self._refuse(request.request_id(), sender, str(error), INVALID)
+                sender.send(self._stub.refusal(str(error), INVALID), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -121,21 +120,15 @@ class Engine:
         elif sender.is_cancelled():  # while it was waiting
             sender.end()
         else:
-            self._begin(request.request_id(), sender, plan_ask(values, unpadded(values), echo=self._echo))
+            ask = plan_ask(values, unpadded(values), echo=self._echo)
+            wanted = frozenset(request.requested_output_names())
+            self._begin(Asked(request.request_id(), sender, Answers(ask), wanted, time.monotonic() + self._timeout_s), ask)
 
-    def _begin(self, request_id: str, sender: Sender, ask: Ask) -> None:
-        asked = Asked(request_id, sender, Answers(ask), time.monotonic() + self._timeout_s)
+    def _begin(self, asked: Asked, ask: Ask) -> None:
         self._under_way[id(asked)] = asked
         self._slots.take(ask.choices)
         self._watch.add(asked)
         asked.call = self._group.submit(ask.body, lambda event: self._outbox.put(asked, event), end_ids=ask.end_ids)
-
-    def _refuse(self, request_id: str, sender: Sender, message: str, code: str) -> None:
-        """End a request with an error, as data where a model has asked: it would never hear of one behind other data."""
-        if request_id.startswith(INNER):
-            sender.send(self._stub.response({FAILURE.name: np.array([[code.encode(), message.encode()]], np.object_)}), last=True)
-        else:
-            sender.send(self._stub.refusal(message, code), last=True)
 
     def _send(self) -> None:
         """In a thread of its own, so that no client keeps the ranks' news from another."""
@@ -145,23 +138,25 @@ class Engine:
                     self._answer(asked, events)
                 except Exception:
                     logger.exception("The answer to request %r was lost.", asked.id)
-                    self._refuse(asked.id, asked.sender, "The answer was lost: ask again.", INTERNAL)
                     self._cancel(asked)
+                    with suppress(Exception):  # it may be the sending that failed
+                        asked.sender.send(self._stub.refusal("The answer was lost: ask again.", INTERNAL), last=True)
                 if events[-1].final:
                     self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
                     self._forget(asked)
 
     def _answer(self, asked: Asked, events: list[Event]) -> None:
-        final = events[-1].final
-        failed = next((event for event in events if event.error is not None), None)
-        if failed is not None:
-            self._refuse(asked.id, asked.sender, in_tensors(failed.error or ""), failed.code or INTERNAL)
-            if not failed.final:  # it took too long, and still does
-                self._cancel(asked)
-            return
-        responses = asked.answers.take(events)
-        for number, arrays in enumerate(responses, 1):
-            asked.sender.send(self._stub.response(arrays), last=final and number == len(responses))
+        failed = failure_in(events)
+        if failed is not None and not failed.final:  # it took too long, and still does
+            self._cancel(asked)
+        last = failed is not None or events[-1].final
+        if asked.id.startswith(INNER):
+            responses = [self._stub.response(events_array(events))]
+        elif failed is not None:
+            responses = [self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL)]
+        else:
+            responses = [self._stub.response(arrays, asked.wanted) for arrays in asked.answers.take(events)]
+        asked.sender.send_all(responses, last=last)
 
     def _forget(self, asked: Asked) -> None:
         self._watch.remove(asked)

@@ -73,15 +73,16 @@ def plan_repository(options: RepositoryOptions) -> dict[str, str]:
     if not (options.tokenizer_dir / FILES[0]).is_file():
         raise UsageError(f"{options.tokenizer_dir / FILES[0]} does not exist, so text cannot be served.", "Give --tokenizer_dir.")
     _, mapping, _ = engine.network(str(options.engine_dir / "config.json"))
-    capacity = str(engine.build_config.max_batch_size)
-    text = {"tokenizer_dir": str(options.tokenizer_dir.resolve()), "max_input_len": str(engine.build_config.max_input_len)}
-    group = {"engine_dir": str(options.engine_dir.resolve()), **text, "world_size": str(mapping.world_size), "capacity": capacity}
+    limits = engine.build_config
+    text = {"tokenizer_dir": str(options.tokenizer_dir.resolve()), "max_input_len": str(limits.max_input_len)}
+    answers = {"capacity": str(limits.max_batch_size), "exclude_input_in_output": str(options.exclude_input_in_output).lower()}
+    group = {"engine_dir": str(options.engine_dir.resolve()), "world_size": str(mapping.world_size), **text, **answers}
     configs = [
         _model(options, PREPROCESSING, CLIENT_INPUTS, (PROMPTS[2], LENGTHS), text),
         _model(options, ENGINE, ENGINE_INPUTS, ENGINE_OUTPUTS, {**group, **_settings(options)}, inner=True, queues=True),
         _model(options, POSTPROCESSING, POST_INPUTS, POST_OUTPUTS, text, inner=True),
         _ensemble(),
-        _model(options, BLS, CLIENT_INPUTS, CLIENT_OUTPUTS, {**text, "capacity": capacity}, queues=True),
+        _model(options, BLS, CLIENT_INPUTS, CLIENT_OUTPUTS, {**text, **answers}, queues=True),
         _model(options, GATE, (LENGTHS,), (LENGTHS,), {STATE: UP}),
     ]
     files = {f"{config['name']}/{CONFIG}": render(config) for config in configs}
@@ -144,7 +145,7 @@ def _settings(options: RepositoryOptions) -> dict[str, str]:
         "max_tokens_in_paged_kv_cache": options.max_tokens_in_paged_kv_cache,
     }
     settings = {name: str(value) for name, value in given.items() if value is not None}
-    return {**settings, "exclude_input_in_output": str(options.exclude_input_in_output).lower()}
+    return settings
 
 
 def _model(

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from arctic_trt.runtime.service.protocol import INVALID, UNAVAILABLE
@@ -22,9 +22,10 @@ class Stub:
     def __init__(self, triton: Any) -> None:
         self.triton = triton
 
-    def response(self, arrays: Mapping[str, Array]) -> Any:
-        """A response with ``arrays`` by their names."""
-        return self.triton.InferenceResponse(output_tensors=self.tensors(arrays))
+    def response(self, arrays: Mapping[str, Array], wanted: Set[str] | None = None) -> Any:
+        """A response with those of ``arrays``, which have names, that are ``wanted``."""
+        chosen = arrays if wanted is None else {name: array for name, array in arrays.items() if name in wanted}
+        return self.triton.InferenceResponse(output_tensors=self.tensors(chosen))
 
     def refusal(self, message: str, code: str) -> Any:
         """A response that is an error, one sentence, with one of the codes of the ranks."""
@@ -55,6 +56,11 @@ class Sender:
             if self._open:
                 self._open = not last
                 self._sender.send(response, flags=self._final if last else 0)
+
+    def send_all(self, responses: Sequence[Any], *, last: bool) -> None:
+        """Send one after the other; ``last`` if nothing comes behind them."""
+        for number, response in enumerate(responses, 1):
+            self.send(response, last=last and number == len(responses))
 
     def end(self) -> None:
         """There is nothing more."""

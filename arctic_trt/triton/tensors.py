@@ -98,14 +98,12 @@ PIECES = (
     Tensor("trim", "INT32", "characters at the end of the text that do not belong to it", dims=WORDS),
 )
 """What detokenization needs besides the tokens; between our models only."""
-FAILURE = Tensor(
-    "failure", "STRING", "code and sentence of an error, for `arctic_bls`, whose Triton loses errors behind data", dims=WORDS
-)
+EVENTS = Tensor("events", "STRING", "what the ranks say, as JSON; to `arctic_bls` only, instead of all else")
 CLIENT_INPUTS = (*PROMPTS, *PARAMETERS)
 CLIENT_OUTPUTS = (TEXT_OUTPUT, *ABOUT, TOKEN_IDS, TOP)
 TENSOR_OF_FIELD = {"logprobs": "top_logprobs", **{tensor.field: tensor.name for tensor in PARAMETERS if tensor.field}}
 ENGINE_INPUTS = (PROMPTS[2], LENGTHS, *PARAMETERS, STOP)
-ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP, FAILURE)
+ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP, EVENTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +167,16 @@ def plan_ask(values: Values, prompt: list[int], *, echo: bool) -> Ask:
     return Ask(
         body={**body, "stream": stream},
         end_ids=None if end_id is None else (end_id,) if end_id >= 0 else (),
-        choices=max(1, values.get("num_return_sequences", 1)),
+        choices=choices_of(values),
         stream=stream,
         echo=not values["exclude_input_in_output"] if "exclude_input_in_output" in values else echo,
         pad=values.get("pad_id", 0),
     )
+
+
+def choices_of(values: Values) -> int:
+    """Outputs that a request is to have; what is out of range counts as 1, and is refused later."""
+    return max(1, int(values.get("num_return_sequences", 1)))
 
 
 def in_tensors(message: str) -> str:

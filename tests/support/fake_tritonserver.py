@@ -1,7 +1,7 @@
 """A tritonserver for tests of its supervision: starts at once, streams numbers, and has stubs that only sleep.
 
-Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` never does,
-and a server with ``stuck`` never ends.
+Run as a program with tritonserver's flags. Models are the folders of the repository: ``broken`` does not load, ``slow`` never
+does, and a server with ``stuck`` never ends.
 """
 
 from __future__ import annotations

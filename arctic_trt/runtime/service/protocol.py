@@ -102,7 +102,7 @@ def ready_message(limits: Limits) -> dict[str, Any]:
 
 def step_message(events: list[Event], stats: RankStats) -> dict[str, Any]:
     """What came of a step."""
-    return {"type": STEP, "events": [_event_json(event) for event in events], "stats": asdict(stats)}
+    return {"type": STEP, "events": [event_json(event) for event in events], "stats": asdict(stats)}
 
 
 def decode_limits(message: Mapping[str, Any]) -> Limits:
@@ -112,10 +112,10 @@ def decode_limits(message: Mapping[str, Any]) -> Limits:
 
 def decode_step(message: Mapping[str, Any]) -> tuple[list[Event], RankStats]:
     """Of a ``step``."""
-    return [_event_of(value) for value in message["events"]], RankStats(**message["stats"])
+    return [event_of(value) for value in message["events"]], RankStats(**message["stats"])
 
 
-def _event_json(event: Event) -> dict[str, Any]:
+def event_json(event: Event) -> dict[str, Any]:
     """Only what is not the default, since most events are one token."""
     value = {field.name: found for field in fields(Event) if (found := getattr(event, field.name)) != field.default}
     if event.logprobs is not None:
@@ -123,7 +123,8 @@ def _event_json(event: Event) -> dict[str, Any]:
     return value
 
 
-def _event_of(value: Mapping[str, Any]) -> Event:
+def event_of(value: Mapping[str, Any]) -> Event:
+    """Of :func:`event_json`."""
     known = dict(value)
     for name in ("token_ids", "context_ids"):
         known[name] = tuple(known.get(name, ()))

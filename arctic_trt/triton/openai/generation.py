@@ -56,17 +56,20 @@ class Generation:
         """Raises :class:`ApiError` as long as nothing is sent."""
         with self._slots.one():
             try:
-                body = await asyncio.wait_for(_read(receive), self._options.body_timeout_s)
-                ask = self._parse(body)
+                ask = self._parse(await self._read(receive))
                 check_model(ask.model, self._options.model)
                 await while_there(receive, self._answer(ask, send))
-            except asyncio.TimeoutError:
-                message = f"The request's body took more than {self._options.body_timeout_s:g} s."
-                raise ApiError(408, message, code="request_timeout") from None
             except EngineError as error:
                 raise of_engine(error) from None
             except ClientGoneError:
                 return
+
+    async def _read(self, receive: Receive) -> bytes:
+        patience_s = self._options.body_timeout_s
+        try:
+            return await asyncio.wait_for(_read(receive), patience_s)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"The request's body took more than {patience_s:g} s.", code="request_timeout") from None
 
     async def _answer(self, ask: Ask, send: Send) -> None:
         name = self._prefix + secrets.token_hex(12)

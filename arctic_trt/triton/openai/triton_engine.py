@@ -156,7 +156,9 @@ def _array(tensor: Tensor, value: Any) -> Array:
         limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
         wrong = next((each for each in values if not limits.min <= each <= limits.max), None)
         if wrong is not None:
-            raise EngineError("invalid", f"{tensor.name} {wrong} is out of range, expected {limits.min} to {limits.max}.")
+            raise EngineError(
+                "invalid", f"{tensor.field or 'prompt'} {wrong} is out of range, expected {limits.min} to {limits.max}."
+            )
     return np.array([values], dtype)
 
 
