@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from arctic_trt.runtime.service.protocol import Event, event_json, event_of
-from arctic_trt.triton.tensors import EVENTS, Array, Ask
+from arctic_trt.runtime.service.protocol import Event
+from arctic_trt.triton.tensors import Array, Ask
 
 Tensors = dict[str, Array]
 
@@ -85,16 +85,6 @@ def joined(first: Event, second: Event) -> Event:
 def failure_in(events: Iterable[Event]) -> Event | None:
     """The first of ``events`` that is an error."""
     return next((event for event in events if event.error is not None), None)
-
-
-def events_array(events: Iterable[Event]) -> Tensors:
-    """``events`` for ``arctic_bls``, which makes responses of them itself; errors too, since Triton loses those behind data."""
-    return {EVENTS.name: np.array([[json.dumps([event_json(event) for event in events]).encode()]], np.object_)}
-
-
-def events_of(array: Array) -> list[Event]:
-    """Of :func:`events_array`."""
-    return [event_of(value) for value in json.loads(array.item())]
 
 
 def _top(event: Event) -> bytes:

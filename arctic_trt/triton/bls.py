@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from arctic_trt.errors import UsageError
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, Event
-from arctic_trt.triton.answers import Answers, events_of, failure_in
-from arctic_trt.triton.control import control_path, send_cancel
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, Event, event_of
+from arctic_trt.triton.answers import Answers, failure_in
+from arctic_trt.triton.control import Line, News, control_path
 from arctic_trt.triton.names import ENGINE, INNER
+from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.slots import Slots
 from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
-    EVENTS,
     PARAMETERS,
     TOKEN_IDS,
     Array,
@@ -41,21 +40,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Asked:
-    """A request of a client's; ``id`` is what ``arctic`` knows it by, ``wanted`` are the outputs that it names."""
+    """A request of a client's; ``id`` is what ``arctic`` knows it by, ``wanted`` are the outputs that it names.
+
+    ``line`` leads to the process of ``arctic`` that it was given to; ``answers`` are there once it was.
+    """
 
     sender: Sender
     arrays: dict[str, Array]
     values: Values
     wanted: frozenset[str]
+    line: Line
     id: str = field(default_factory=lambda: INNER + uuid.uuid4().hex)
-    deadline: float = math.inf  # which is kept at arctic
+    answers: Answers | None = None
 
     @property
     def choices(self) -> int:
         return choices_of(self.values)
-
-    def is_cancelled(self) -> bool:
-        return self.sender.is_cancelled()
 
 
 class Bls:
@@ -67,11 +67,14 @@ class Bls:
         end_with_server(lambda: None)
         self._texts = Texts(settings)
         self._echo = settings["exclude_input_in_output"] == "false"
-        capacity = int(settings["capacity"])
-        self._slots = Slots(capacity)
-        self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="request")  # Triton has each wait for its responses
+        self._slots = Slots(int(settings["capacity"]))
+        self._under_way: dict[str, Asked] = {}
+        self._outbox: Outbox[Asked, Event] = Outbox()
         self._control = control_path(os.getppid())
-        self._watch: Watch[Asked] = Watch(lambda asked: send_cancel(self._control, asked.id), lambda asked: None)
+        self._line = Line(self._control, self._hear)
+        self._watch: Watch[Asked] = Watch(self._look)
+        self._sending = threading.Thread(target=self._send, name="sending", daemon=True)
+        self._sending.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
@@ -81,12 +84,17 @@ class Bls:
                 self._take_in(request, sender)
             except UsageError as error:
                 sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            except Exception as error:
+                logger.exception("A request could not be taken in.")
+                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
-        """Wait for what is under way."""
-        self._threads.shutdown()
+        """Triton calls this when nothing is under way."""
         self._watch.close()
+        self._outbox.close()
+        self._sending.join()
+        self._line.close()
 
     def _take_in(self, request: Any, sender: Sender) -> None:
         if sender.is_cancelled():  # while it was waiting
@@ -95,47 +103,81 @@ class Bls:
         refuse_unknown(request.parameters())
         arrays = arrays_of(request)
         wanted = frozenset(request.requested_output_names())
-        asked = Asked(sender=sender, arrays=arrays, values=read_values(arrays, CLIENT_INPUTS), wanted=wanted)
+        if not self._line.alive:
+            self._line = Line(self._control, self._hear)
+        asked = Asked(sender=sender, arrays=arrays, values=read_values(arrays, CLIENT_INPUTS), wanted=wanted, line=self._line)
+        self._under_way[asked.id] = asked
         self._slots.take(asked.choices)
-        self._threads.submit(self._serve, asked)
-
-    def _serve(self, asked: Asked) -> None:
         self._watch.add(asked)
+        # Triton has a thread wait for the end of each request, in vain if the process that computes it dies
+        threading.Thread(target=self._ask, args=(asked,), name="request", daemon=True).start()
+
+    def _ask(self, asked: Asked) -> None:
+        """Put the request to ``arctic``; what it says comes by the line, but for a refusal to let the request in at all."""
         try:
-            self._relay(asked, self._texts.prompt_ids(asked.values))
+            prompt = self._texts.prompt_ids(asked.values)
+            asked.answers = Answers(plan_ask(asked.values, prompt, echo=self._echo))
+            request = self._stub.triton.InferenceRequest(
+                model_name=ENGINE,
+                request_id=asked.id,
+                inputs=self._stub.tensors({**prompt_arrays(prompt), **engine_arrays(asked.arrays)}),
+                requested_output_names=[TOKEN_IDS.inner],
+            )
+            for response in request.exec(decoupled=True):
+                if response.has_error():
+                    self._end(asked, self._stub.triton.InferenceResponse(error=response.error()))
         except UsageError as error:
-            asked.sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            self._end(asked, self._stub.refusal(str(error), INVALID))
         except Exception as error:
             logger.exception("A request was lost.")
-            asked.sender.send(self._stub.refusal(f"The request was lost ({error}).", INTERNAL), last=True)
-        finally:
-            self._watch.remove(asked)
-            self._slots.release(asked.choices)
+            self._end(asked, self._stub.refusal(f"The request was lost ({error}).", INTERNAL))
 
-    def _relay(self, asked: Asked, prompt: list[int]) -> None:
-        """Ask ``arctic`` and hand on what it says, as text."""
-        answers = Answers(plan_ask(asked.values, prompt, echo=self._echo))
-        request = self._stub.triton.InferenceRequest(
-            model_name=ENGINE,
-            request_id=asked.id,
-            inputs=self._stub.tensors({**prompt_arrays(prompt), **engine_arrays(asked.arrays)}),
-            requested_output_names=[EVENTS.name],
-        )
-        for response in request.exec(decoupled=True):
-            if response.has_error():
-                asked.sender.send(self._stub.triton.InferenceResponse(error=response.error()), last=True)
-                return
-            for tensor in response.output_tensors():
-                self._answer(asked, answers, events_of(tensor.as_numpy()))
-        asked.sender.end()
+    def _hear(self, news: News) -> None:
+        """By the line: events of requests, in which nobody may be interested any more."""
+        for request_id, events in news.items():
+            asked = self._under_way.get(request_id)
+            if asked is not None:
+                for event in events:
+                    self._outbox.put(asked, event_of(event))
 
-    def _answer(self, asked: Asked, answers: Answers, events: list[Event]) -> None:
+    def _send(self) -> None:
+        """In a thread of its own, so that what comes meanwhile is sent together."""
+        while (news := self._outbox.take()) is not None:
+            for asked, events in news.items():
+                try:
+                    self._answer(asked, events)
+                except Exception:
+                    logger.exception("An answer was lost.")
+                    self._end(asked, self._stub.refusal("The answer was lost: ask again.", INTERNAL))
+                    asked.line.cancel(asked.id)
+
+    def _answer(self, asked: Asked, events: list[Event]) -> None:
         failed = failure_in(events)
         if failed is not None:
-            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
+            self._end(asked, self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL))
             return
-        responses = [self._stub.response(self._outputs(arrays), asked.wanted) for arrays in answers.take(events)]
-        asked.sender.send_all(responses, last=events[-1].final)
+        final = events[-1].final
+        if final:
+            self._forget(asked)  # first, so that there is room when the client hears of the end and asks again
+        taken = asked.answers.take(events) if asked.answers else []
+        asked.sender.send_all([self._stub.response(self._outputs(arrays), asked.wanted) for arrays in taken], last=final)
+
+    def _look(self, asked: Asked) -> None:
+        """After a request under way, many times a second."""
+        if not asked.line.alive:
+            self._end(asked, self._stub.refusal("The engine's process has ended: ask again.", INTERNAL))
+        elif asked.sender.is_cancelled():
+            asked.line.cancel(asked.id)
+
+    def _end(self, asked: Asked, refusal: Any) -> None:
+        """Answer a request with ``refusal``, unless it has ended."""
+        self._forget(asked)
+        asked.sender.send(refusal, last=True)
+
+    def _forget(self, asked: Asked) -> None:
+        if self._under_way.pop(asked.id, None) is not None:
+            self._watch.remove(asked)
+            self._slots.release(asked.choices)
 
     def _outputs(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         about = {tensor.name: arrays[inner_name(tensor)] for tensor in (*ABOUT, TOKEN_IDS)}

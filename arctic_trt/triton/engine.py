@@ -20,8 +20,8 @@ from typing import Any
 from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event
-from arctic_trt.triton.answers import Answers, events_array, failure_in
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, event_json
+from arctic_trt.triton.answers import Answers, failure_in
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import Gate
 from arctic_trt.triton.metrics import Metrics
@@ -59,8 +59,10 @@ class Asked:
     deadline: float
     call: Call | None = None
 
-    def is_cancelled(self) -> bool:
-        return self.sender.is_cancelled()
+    @property
+    def inner(self) -> bool:
+        """It is from ``arctic_bls``, which hears all of it by the line."""
+        return self.id.startswith(INNER)
 
 
 class Engine:
@@ -77,12 +79,13 @@ class Engine:
         self._under_way: dict[int, Asked] = {}
         self._gate = self._find_gate()
         self._group = WorkerGroup(group_options(settings), on_state=self._on_state)
-        end_with_server(self._group.close)
+        self._control = control_path(os.getppid())
+        end_with_server(self._abandon)
         self._group.start()
         self._metrics = Metrics(triton)
         self._closed = threading.Event()
-        self._watch: Watch[Asked] = Watch(self._cancel, self._late)
-        self._listener = Listener(control_path(os.getppid()), self._cancel_id)
+        self._watch: Watch[Asked] = Watch(self._look)
+        self._listener = Listener(self._control, self._cancel_id, self._cancel_inner)
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._send, self._measure)
         ]
@@ -97,6 +100,9 @@ class Engine:
                 self._take_in(request, sender)
             except UsageError as error:
                 sender.send(self._stub.refusal(str(error), INVALID), last=True)
+            except Exception as error:
+                logger.exception("A request could not be taken in.")
+                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
         self._slots.wait_for_room()
 
     def close(self) -> None:
@@ -110,6 +116,11 @@ class Engine:
         self._listener.close()
         if self._gate:
             self._gate.close()
+
+    def _abandon(self) -> None:
+        """The server is gone: leave nothing behind."""
+        self._group.close()
+        self._control.unlink(missing_ok=True)
 
     def _take_in(self, request: Any, sender: Sender) -> None:
         refuse_unknown(request.parameters())
@@ -134,6 +145,12 @@ class Engine:
         """In a thread of its own, so that no client keeps the ranks' news from another."""
         while (news := self._outbox.take()) is not None:
             for asked, events in news.items():
+                if events[-1].final:
+                    self._forget(asked)  # first, so that there is room when the client hears of the end and asks again
+            inner = {asked.id: [event_json(event) for event in events] for asked, events in news.items() if asked.inner}
+            if inner:
+                self._listener.tell(inner)
+            for asked, events in news.items():
                 try:
                     self._answer(asked, events)
                 except Exception:
@@ -143,25 +160,32 @@ class Engine:
                         asked.sender.send(self._stub.refusal("The answer was lost: ask again.", INTERNAL), last=True)
                 if events[-1].final:
                     self._metrics.ended(events[-1].first_token_s, events[-1].total_s)
-                    self._forget(asked)
 
     def _answer(self, asked: Asked, events: list[Event]) -> None:
         failed = failure_in(events)
         if failed is not None and not failed.final:  # it took too long, and still does
             self._cancel(asked)
-        last = failed is not None or events[-1].final
-        if asked.id.startswith(INNER):
-            responses = [self._stub.response(events_array(events))]
+        if asked.inner:
+            if failed is not None or events[-1].final:
+                asked.sender.end()
         elif failed is not None:
-            responses = [self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL)]
+            asked.sender.send(self._stub.refusal(in_tensors(failed.error or ""), failed.code or INTERNAL), last=True)
         else:
             responses = [self._stub.response(arrays, asked.wanted) for arrays in asked.answers.take(events)]
-        asked.sender.send_all(responses, last=last)
+            asked.sender.send_all(responses, last=events[-1].final)
 
     def _forget(self, asked: Asked) -> None:
         self._watch.remove(asked)
         self._under_way.pop(id(asked), None)
         self._slots.release(asked.answers.ask.choices)
+
+    def _look(self, asked: Asked) -> None:
+        """After a request under way, many times a second."""
+        if asked.sender.is_cancelled():
+            self._cancel(asked)
+        elif time.monotonic() > asked.deadline:
+            message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
+            self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _cancel(self, asked: Asked) -> None:
         if asked.call is not None:  # else at the next look
@@ -171,10 +195,6 @@ class Engine:
         for asked in list(self._under_way.values()):
             if request_id and asked.id == request_id:
                 self._cancel(asked)
-
-    def _late(self, asked: Asked) -> None:
-        message = f"The request took longer than request_timeout, {self._timeout_s:g} s."
-        self._outbox.put(asked, Event(id=0, error=message, code=UNAVAILABLE))
 
     def _find_gate(self) -> Gate | None:
         address = os.environ.get(HTTP_ADDRESS)
@@ -186,6 +206,12 @@ class Engine:
         logger.info("The ranks are %s.", state)
         if self._gate and state in (UP, DOWN):
             self._gate.move(state == UP)
+
+    def _cancel_inner(self) -> None:
+        """The process of ``arctic_bls`` is gone, or does not listen any more."""
+        for asked in list(self._under_way.values()):
+            if asked.inner:
+                self._cancel(asked)
 
     def _measure(self) -> None:
         while not self._closed.wait(METRICS_PERIOD_S):

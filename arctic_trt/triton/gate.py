@@ -33,16 +33,15 @@ class Gate:
     def __init__(self, address: str) -> None:
         self._address = address
         self._wanted: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._follow, name="readiness", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._follow, name="readiness", daemon=True).start()
 
     def move(self, up: bool) -> None:
         """Have the server ready or not, soon."""
         self._wanted.put(up)
 
     def close(self) -> None:
+        """Change nothing any more."""
         self._wanted.put(None)
-        self._thread.join()
 
     def _follow(self) -> None:
         is_up = True  # Triton has loaded it

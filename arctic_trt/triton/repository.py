@@ -36,6 +36,8 @@ from arctic_trt.triton.tensors import (
 
 CODE = Path(__file__).parent / "models"
 CONFIG, MODEL, KEEP = "config.pbtxt", "1/model.py", "1/.keep"
+POST_INPUTS = (TOKEN_IDS, ABOUT[0], *PIECES, TOP)
+POST_OUTPUTS = (TEXT_OUTPUT, TOP)
 PARTIAL, OLD = ".partial", ".old"
 INSTANCES: Sequence[Message] = [{"count": 1, "kind": Word("KIND_CPU")}]
 
@@ -77,22 +79,21 @@ def plan_repository(options: RepositoryOptions) -> dict[str, str]:
     text = {"tokenizer_dir": str(options.tokenizer_dir.resolve()), "max_input_len": str(limits.max_input_len)}
     answers = {"capacity": str(limits.max_batch_size), "exclude_input_in_output": str(options.exclude_input_in_output).lower()}
     group = {"engine_dir": str(options.engine_dir.resolve()), "world_size": str(mapping.world_size), **text, **answers}
+    most = options.max_queue_size
+    # requests of arctic_bls, which have waited in its own queue, are not to be turned away here
+    engine_queue = _queue(options, most + limits.max_batch_size if most else 0)
     configs = [
         _model(options, PREPROCESSING, CLIENT_INPUTS, (PROMPTS[2], LENGTHS), text),
-        _model(options, ENGINE, ENGINE_INPUTS, ENGINE_OUTPUTS, {**group, **_settings(options)}, inner=True, queues=True),
+        _model(options, ENGINE, ENGINE_INPUTS, ENGINE_OUTPUTS, {**group, **_settings(options)}, inner=True, queue=engine_queue),
         _model(options, POSTPROCESSING, POST_INPUTS, POST_OUTPUTS, text, inner=True),
         _ensemble(),
-        _model(options, BLS, CLIENT_INPUTS, CLIENT_OUTPUTS, {**text, **answers}, queues=True),
+        _model(options, BLS, CLIENT_INPUTS, CLIENT_OUTPUTS, {**text, **answers}, queue=_queue(options, most)),
         _model(options, GATE, (LENGTHS,), (LENGTHS,), {STATE: UP}),
     ]
     files = {f"{config['name']}/{CONFIG}": render(config) for config in configs}
     for name in (PREPROCESSING, ENGINE, POSTPROCESSING, BLS, GATE):
         files[f"{name}/{MODEL}"] = (CODE / name / MODEL).read_text(encoding="utf-8")
     return {**files, f"{ENSEMBLE}/{KEEP}": ""}  # Triton wants a version's directory, though an ensemble has nothing in it
-
-
-POST_INPUTS = (TOKEN_IDS, ABOUT[0], *PIECES, TOP)
-POST_OUTPUTS = (TEXT_OUTPUT, TOP)
 
 
 def holds_repository(files: Mapping[str, str], model_repo: Path) -> bool:
@@ -156,10 +157,10 @@ def _model(
     parameters: Mapping[str, str],
     *,
     inner: bool = False,
-    queues: bool = False,
+    queue: Message | None = None,
 ) -> Message:
-    """A model of our own code; one that ``queues`` answers a request with several responses, and lets requests wait."""
-    several: Message = {"model_transaction_policy": {"decoupled": True}, "dynamic_batching": _queue(options)} if queues else {}
+    """A model of our own code; one with a ``queue`` lets requests wait, and answers each with several responses."""
+    several: Message = {} if queue is None else {"model_transaction_policy": {"decoupled": True}, "dynamic_batching": queue}
     return {
         "name": name,
         "backend": "python",
@@ -180,13 +181,13 @@ def _tensor(tensor: Tensor, *, inner: bool = False) -> Message:
     }
 
 
-def _queue(options: RepositoryOptions) -> Message:
+def _queue(options: RepositoryOptions, max_queue_size: int) -> Message:
     """Of Triton's scheduler, where requests wait while the engine has as many as it takes at once."""
     policy: dict[str, str | int | bool] = {"timeout_action": Word("REJECT"), "allow_timeout_override": True}
     if options.queue_timeout_s is not None:
         policy["default_timeout_microseconds"] = round(options.queue_timeout_s * 1e6)
-    if options.max_queue_size:
-        policy["max_queue_size"] = options.max_queue_size
+    if max_queue_size:
+        policy["max_queue_size"] = max_queue_size
     if not options.priority_levels:
         return {"default_queue_policy": policy}
     return {

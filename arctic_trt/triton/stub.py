@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import threading
@@ -12,7 +13,8 @@ from typing import Any
 from arctic_trt.runtime.service.protocol import INVALID, UNAVAILABLE
 from arctic_trt.triton.tensors import Array
 
-SERVER_PERIOD_S = 0.5
+SERVER_PERIOD_S = 0.1
+STUCK_S = 60.0
 CODES = {INVALID: "INVALID_ARG", UNAVAILABLE: "UNAVAILABLE"}
 
 
@@ -78,13 +80,16 @@ class Sender:
 def end_with_server(clean_up: Callable[[], None]) -> None:
     """Have this process end when the server does, after ``clean_up``, whatever its threads wait for.
 
-    The kernel cannot be asked to: it would end a process with the thread that started it, and Triton's do not last.
+    The kernel cannot be asked to: it would end a process with the thread that started it, and Triton's do not last. Some of
+    Triton's calls wait for the server with Python's lock in their hands, so that no thread notices that it is gone; then a
+    watchdog that needs no lock ends the process.
     """
     threading.Thread(target=_wait_for_orphanage, args=(os.getppid(), clean_up), name="server", daemon=True).start()
 
 
 def _wait_for_orphanage(server: int, clean_up: Callable[[], None]) -> None:
     while os.getppid() == server:
+        faulthandler.dump_traceback_later(STUCK_S, exit=True)
         time.sleep(SERVER_PERIOD_S)
     try:
         clean_up()

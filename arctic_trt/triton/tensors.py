@@ -98,12 +98,11 @@ PIECES = (
     Tensor("trim", "INT32", "characters at the end of the text that do not belong to it", dims=WORDS),
 )
 """What detokenization needs besides the tokens; between our models only."""
-EVENTS = Tensor("events", "STRING", "what the ranks say, as JSON; to `arctic_bls` only, instead of all else")
 CLIENT_INPUTS = (*PROMPTS, *PARAMETERS)
 CLIENT_OUTPUTS = (TEXT_OUTPUT, *ABOUT, TOKEN_IDS, TOP)
 TENSOR_OF_FIELD = {"logprobs": "top_logprobs", **{tensor.field: tensor.name for tensor in PARAMETERS if tensor.field}}
 ENGINE_INPUTS = (PROMPTS[2], LENGTHS, *PARAMETERS, STOP)
-ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP, EVENTS)
+ENGINE_OUTPUTS = (TOKEN_IDS, *ABOUT, *PIECES, TOP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
