@@ -181,15 +181,6 @@ def plan_legacy_repository(engine: EngineConfig, options: LegacyOptions) -> dict
     return files | {f"{name}/1/.keep": "" for name in (ENGINE_MODEL, "ensemble")}
 
 
-def explain_python_backend(engine: EngineConfig, engine_dir: Path) -> None:
-    """Raise :class:`RefusedError` where ``--backend python`` is asked to serve an engine that TensorRT-LLM built."""
-    if engine.backend == TENSORRT_LLM:
-        raise RefusedError(
-            f"{engine_dir} is a TensorRT-LLM engine, but --backend python serves engines of the torch backend only.",
-            "Use --backend tensorrtllm, whose server batches by itself, or build with --backend torch.",
-        )
-
-
 def launch_command(model_repo: Path, world_size: int) -> str:
     """The command that serves ``model_repo``: under mpirun a server for each rank, of which the first one answers."""
     common = f"tritonserver --model-repository={model_repo} --disable-auto-complete-config"

@@ -34,6 +34,7 @@ from arctic_trt.triton.server import (
     name_run,
     server_command,
     server_environ,
+    why_not_free,
 )
 from arctic_trt.triton.server_log import ServerLog
 from arctic_trt.triton.stubs import Reviver
@@ -43,6 +44,8 @@ LOOK_S = 0.1
 GRACE_S = 15.0
 """What ending takes besides waiting for requests: ranks leave, models unload."""
 CONNECTIONS_S = 2.0
+PORTS_S = 10.0
+"""How long what is left of a killed server may keep its ports."""
 SHORT_LIFE_S = 5.0
 """A front end that ends sooner after its start would end again."""
 
@@ -154,16 +157,12 @@ class _Supervisor:
     def __init__(self, server: TritonServer, options: ServeOptions, run: Run, watch: Watch, asked: threading.Event) -> None:
         self._options, self._watch, self._asked = options, watch, asked
         self._environ = server_environ(os.environ, run, options.endpoints)
-        self._log = ServerLog(watch.model)
         endpoints = options.endpoints
         self._admin = Admin(endpoints.address(endpoints.http_port), run.key)
         self._front = Admin(endpoints.address(endpoints.openai_port), "")
         backends = make_backends(server, run.directory / "backends")
-        command = server_command(server, options.model_repo, backends, endpoints, run, options.drain_timeout_s)
-        self._triton = self._spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self._reader = threading.Thread(target=self._log.follow, args=(self._triton.stdout,), daemon=True)
-        self._reader.start()
-        self._reviver = Reviver(self._triton.pid, self._admin)
+        self._command = server_command(server, options.model_repo, backends, endpoints, run, options.drain_timeout_s)
+        self._start_triton()
         self._gateway: subprocess.Popen[str] | None = None
         self._gateway_since = 0.0
 
@@ -179,8 +178,33 @@ class _Supervisor:
         try:
             while not self._asked.wait(LOOK_S):
                 self._look()
+                if self._reviver.gave_up.is_set():
+                    self._start_again()
         finally:
             self._reviver.stop()
+
+    def _start_triton(self) -> None:
+        self._log = ServerLog(self._watch.model)
+        self._triton = self._spawn(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._reader = threading.Thread(target=self._log.follow, args=(self._triton.stdout,), daemon=True)
+        self._reader.start()
+        self._reviver = Reviver(self._triton.pid, self._admin)
+
+    def _start_again(self) -> None:
+        """Another tritonserver for one that cannot get a model back; clients whose requests were lost see it go."""
+        logger.warning(
+            "Requests were lost with the model's process, which cannot be loaded again: starting another tritonserver."
+        )
+        ports = [port for name, port in self._options.endpoints.ports.items() if name != "openai_port"]
+        self._triton.kill()
+        self._triton.wait()
+        until = time.monotonic() + PORTS_S
+        while any(why_not_free(self._options.endpoints.host, port) for port in ports) and time.monotonic() < until:
+            time.sleep(LOOK_S)
+        self._start_triton()
+        self._wait_for(self._admin.is_ready)
+        self._reviver.start()
+        logger.info("The new tritonserver is ready.")
 
     def drain(self) -> None:
         """End both, the front end first: what it has under way needs the server."""

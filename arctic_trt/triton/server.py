@@ -153,18 +153,23 @@ def check_packages() -> None:
 def check_ports(endpoints: Endpoints) -> None:
     """Raise :class:`RefusedError` naming the first port that cannot be listened on."""
     for flag, port in endpoints.ports.items():
-        family = socket.AF_INET6 if ":" in endpoints.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that closed connections do not count
-            try:
-                probe.bind((endpoints.host, port))
-                probe.listen(1)
-            except OSError as error:
-                place = f"{endpoints.host}:{port}"
-                raise RefusedError(
-                    f"--{flag} {port}: {place} cannot be listened on ({error.strerror}).",
-                    f"End what listens there, or choose another --{flag}.",
-                ) from None
+        if reason := why_not_free(endpoints.host, port):
+            raise RefusedError(
+                f"--{flag} {port}: {endpoints.host}:{port} cannot be listened on ({reason}).",
+                f"End what listens there, or choose another --{flag}.",
+            )
+
+
+def why_not_free(host: str, port: int) -> str | None:
+    """Why ``port`` cannot be listened on, None if it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that closed connections do not count
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def check_shared_memory(ranks: int, directory: Path = SHARED_MEMORY) -> None:

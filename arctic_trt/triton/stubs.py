@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from arctic_trt.triton.names import GATE
 from arctic_trt.triton.server import STUB
 
 LOOK_S = 0.5
+UNLOAD_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 MODEL = re.compile(r"/(\w+)/\d+/model\.py")
 PROC = Path("/proc")
@@ -35,13 +37,18 @@ def find_stubs(server: int) -> dict[str, int]:
 
 
 class Reviver(threading.Thread):
-    """Loads models again whose stubs die from now on. :meth:`stop` it before the server is told to end."""
+    """Loads models again whose stubs die from now on. :meth:`stop` it before the server is told to end.
+
+    A model is not unloaded before its requests have ended, which those that a dead stub had taken never do: then it
+    :attr:`gave_up`, and only another server helps.
+    """
 
     def __init__(self, server: int, admin: Admin) -> None:
         super().__init__(name="reviver", daemon=True)
         self._server, self._admin = server, admin
         self.revived = 0
         """Models that were loaded again. Requests that their processes had taken are never answered, and the server knows."""
+        self.gave_up = threading.Event()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -51,7 +58,7 @@ class Reviver(threading.Thread):
     def run(self) -> None:
         # the gate comes and goes: that is how the ranks' leader says whether the server is ready
         models, pause_s = find_stubs(self._server).keys() - {GATE}, FIRST_PAUSE_S
-        while not self._stopped.wait(LOOK_S):
+        while not self._stopped.wait(LOOK_S) and not self.gave_up.is_set():
             dead = sorted(models - find_stubs(self._server).keys())
             if self._stopped.is_set() or not dead:
                 continue
@@ -63,6 +70,9 @@ class Reviver(threading.Thread):
         logger.warning("The process of the model %s has died; loading it again.", model)
         try:
             self._admin.unload(model)
+            if not self._is_gone(model):
+                self.gave_up.set()
+                return False
             self._admin.load(model)
         except ArcticTrtError as error:
             if not self._stopped.is_set():
@@ -70,4 +80,12 @@ class Reviver(threading.Thread):
             return False
         self.revived += 1
         logger.info("The model %s is loaded again.", model)
+        return True
+
+    def _is_gone(self, model: str) -> bool:
+        """Whether ``model`` is unloaded before long."""
+        until = time.monotonic() + UNLOAD_S
+        while model in self._admin.loaded():
+            if time.monotonic() > until or self._stopped.wait(LOOK_S):
+                return False
         return True

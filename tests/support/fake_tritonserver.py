@@ -53,6 +53,8 @@ class Server:
     def _unload(self, model: str) -> None:
         while self.streams or model == "stuck":
             time.sleep(0.02)
+        if model not in self.stubs:
+            return
         stub = self.stubs.pop(model)
         stub.kill()
         stub.wait()

@@ -25,12 +25,13 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from arctic_trt.output import Output
-from arctic_trt.triton import serve
+from arctic_trt.triton import serve, stubs
 from arctic_trt.triton.server import Endpoints, TritonServer
 
 raw = json.loads(sys.argv[1])
 serve.GATEWAY = raw["gateway_command"]
 serve.GRACE_S = raw["grace_s"]
+stubs.UNLOAD_S = 0.5
 Output().configure_logging()
 
 class Watch:

@@ -11,7 +11,7 @@ import pytest
 
 from arctic_trt.engine.config import BuildConfig, EngineConfig
 from arctic_trt.errors import RefusedError
-from arctic_trt.triton.legacy import LegacyOptions, explain_python_backend, launch_command, plan_legacy_repository
+from arctic_trt.triton.legacy import LegacyOptions, launch_command, plan_legacy_repository
 
 LIMITS = BuildConfig(max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192, max_beam_width=1)
 OPTIONS = LegacyOptions(engine_dir=Path("/engines/arctic"), tokenizer_dir=Path("/models/arctic"))
@@ -141,12 +141,6 @@ def test_engines_that_the_backend_cannot_load_are_refused() -> None:
         plan(engine("1.3.0"))
     with pytest.raises(RefusedError, match=r"built by TensorRT-LLM 0\.17\.0"):
         plan(engine("0.17.0"))
-
-
-def test_the_python_backend_says_what_serves_a_tensorrt_engine() -> None:
-    explain_python_backend(engine(backend="torch"), Path("engine"))
-    with pytest.raises(RefusedError, match=r"engine is a TensorRT-LLM engine.*Use --backend tensorrtllm"):
-        explain_python_backend(engine(), Path("engine"))
 
 
 def test_a_server_for_each_rank_of_which_one_loads_all_models() -> None:

@@ -115,6 +115,16 @@ def test_a_dead_stub_is_replaced_and_the_gate_is_none_of_its_business(start: Sta
     assert again != stub and served.end(signal.SIGTERM) == 0 and served.leftovers() == []
 
 
+def test_a_dead_stub_whose_requests_never_end_takes_another_server(start: Start) -> None:
+    served = start("arctic", "stuck").wait_ready()
+    (triton,) = served.children("fake_tritonserver")
+    (stub,) = served.children("/stuck/1/model.py", triton)
+    os.kill(stub, signal.SIGKILL)
+    wait_until(lambda: served.said("The new tritonserver is ready."), "another server")
+    (other,) = served.children("fake_tritonserver")
+    assert other != triton and served.get(served.endpoints.http_port, "/loads") == {"arctic": 1, "stuck": 1}
+
+
 def test_a_front_end_that_dies_is_replaced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     served = start(api_key="secret").wait_ready()
     port = served.endpoints.openai_port

@@ -221,9 +221,9 @@ def leave_after_one_piece(served: Server, model: str, index: int) -> None:
 
 
 @contextmanager
-def begun(server: Server, model: str, text: str) -> Iterator[HTTPResponse]:
+def begun(server: Server, model: str, text: str, max_tokens: int = LONG) -> Iterator[HTTPResponse]:
     """A long answer of which the first piece has come."""
-    body = {"text_input": text, "max_tokens": LONG, "stream": True, "end_id": -1}
+    body = {"text_input": text, "max_tokens": max_tokens, "stream": True, "end_id": -1}
     with server.connected() as connection:
         connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(body))
         response = connection.getresponse()
@@ -259,7 +259,7 @@ def test_a_full_queue_refuses_and_sigterm_drains(tiny_engine: Path, tmp_path: Pa
             answers = Counter(each.result().status for each in asked)
         assert answers.keys() == {200, 503}, answers
         with ExitStack() as stack:
-            under_way = [stack.enter_context(begun(server, "arctic_bls", f"{index}")) for index in range(BATCH)]
+            under_way = [stack.enter_context(begun(server, "arctic_bls", f"{index}", 300)) for index in range(BATCH)]
             process.send_signal(signal.SIGTERM)
             pieces = [events(response.read().decode()) for response in under_way]
         assert process.wait(60) == 0, server.log.read_text()
