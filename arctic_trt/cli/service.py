@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from arctic_trt.cli.options import DIRECTORY, join_job
+from arctic_trt.cli.options import DIRECTORY, device_option, join_job
 from arctic_trt.launch import become_mpirun, die_with_parent, find_launch
 from arctic_trt.output import Output
 
@@ -18,6 +18,7 @@ from arctic_trt.output import Output
 @click.option("--tokenizer_dir", type=DIRECTORY, help="Directory of tokenizer.json.  [default: --engine_dir]")
 @click.option("--socket", type=click.Path(path_type=Path), required=True, help="Unix socket of the server.")
 @click.option("--world_size", type=int, default=1, help="Ranks of the engine.  [default: 1]")
+@device_option
 @click.option("--kv_cache_memory", metavar="SIZE", help="Of the KV cache on a rank, like 2GiB.")
 @click.option("--max_tokens_in_paged_kv_cache", type=int, help="Its tokens, at most.")
 def command(
@@ -25,6 +26,7 @@ def command(
     tokenizer_dir: Path | None,
     socket: Path,
     world_size: int,
+    device: str,
     kv_cache_memory: str | None,
     max_tokens_in_paged_kv_cache: int | None,
 ) -> None:
@@ -42,4 +44,5 @@ def command(
 
     memory = None if kv_cache_memory is None else parse_size(kv_cache_memory, "--kv_cache_memory")
     budget = KvBudget(memory_bytes=memory, max_tokens=max_tokens_in_paged_kv_cache)
-    run_service(ServiceOptions(engine_dir=engine_dir, socket=socket, tokenizer_dir=tokenizer_dir, kv_budget=budget))
+    options = ServiceOptions(engine_dir=engine_dir, socket=socket, tokenizer_dir=tokenizer_dir, kv_budget=budget, device=device)
+    run_service(options)

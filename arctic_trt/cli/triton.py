@@ -58,6 +58,7 @@ WAITING_S = 10.0
     help="tensorrtllm: for TensorRT-LLM's C++ backend, up to 1.2.  [default: python]",
 )
 @click.option("--overwrite", is_flag=True, default=None, help="Replace a repository of other content in --model_repo.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Of the engine's ranks, as of run.  [default: auto]")
 @click.option("--kv_cache_memory", metavar="SIZE", help="On a rank, like 2GiB.  [default: at most half of what is free]")
 @click.option("--max_tokens_in_paged_kv_cache", type=int, help="Tokens of the KV cache, at most.")
 @click.option("--max_queue_size", type=int, help="Requests that may wait; more are refused. 0 is no limit.  [default: 0]")
@@ -120,6 +121,7 @@ def _plan_files(recipe: TritonRecipe) -> dict[str, str]:
             queue_timeout_s=recipe.queue_timeout,
             priority_levels=recipe.priority_levels or 0,
             request_timeout_s=recipe.request_timeout,
+            device=recipe.device,
             kv_cache_memory=recipe.kv_cache_memory,
             max_tokens_in_paged_kv_cache=recipe.max_tokens_in_paged_kv_cache,
         )

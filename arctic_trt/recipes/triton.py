@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from arctic_trt.recipes.base import Recipe
 
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
-PYTHON_ONLY = ("queue_timeout", "priority_levels", "request_timeout", "kv_cache_memory")
+PYTHON_ONLY = ("queue_timeout", "priority_levels", "request_timeout", "device", "kv_cache_memory")
 
 
 class TritonRecipe(Recipe):
@@ -24,6 +24,7 @@ class TritonRecipe(Recipe):
     tokenizer_dir: Path | None = None
     backend: Literal["python", "tensorrtllm"] = "python"
     overwrite: bool = False
+    device: Literal["auto", "cpu", "cuda"] | None = None
     kv_cache_memory: str | None = None
     max_tokens_in_paged_kv_cache: int | None = Field(None, ge=1)
     max_queue_size: int = Field(0, ge=0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import torch
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime.communicator import Communicator
+
+logger = logging.getLogger(__name__)
 
 AUTO, CPU, CUDA = CHOICES = ("auto", "cpu", "cuda")
 CAPABILITY = (8, 9)
@@ -55,6 +58,8 @@ def find_device(asked: str, local_rank: int, local_ranks: int) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     capability = min((torch.cuda.get_device_capability(index) for index in range(gpus)), default=None)
     device = plan_device(asked, gpus, capability, local_rank, local_ranks)
+    if asked == AUTO and gpus and device.type == CPU and not local_rank:
+        logger.warning("Running on the CPU: %s.", _what_is_missing(gpus, capability, local_ranks))
     if device.type == CUDA:
         torch.cuda.set_device(device)
     return device

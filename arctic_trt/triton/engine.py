@@ -228,6 +228,7 @@ def group_options(settings: dict[str, str]) -> GroupOptions:
         engine_dir=Path(settings["engine_dir"]),
         tokenizer_dir=Path(settings["tokenizer_dir"]),
         world_size=int(settings["world_size"]),
+        device=settings.get("device"),
         kv_cache_memory=settings.get("kv_cache_memory"),
         max_tokens_in_paged_kv_cache=None if blocks is None else int(blocks),
     )

@@ -56,6 +56,7 @@ class RepositoryOptions:
     queue_timeout_s: float | None = None
     priority_levels: int = 0
     request_timeout_s: float | None = None
+    device: str | None = None
     kv_cache_memory: str | None = None
     max_tokens_in_paged_kv_cache: int | None = None
     exclude_input_in_output: bool = True
@@ -142,6 +143,7 @@ def _settings(options: RepositoryOptions) -> dict[str, str]:
     """Of the engine; what is not given is left out."""
     given = {
         "request_timeout_s": options.request_timeout_s,
+        "device": options.device,
         "kv_cache_memory": options.kv_cache_memory,
         "max_tokens_in_paged_kv_cache": options.max_tokens_in_paged_kv_cache,
     }

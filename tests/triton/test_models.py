@@ -247,9 +247,10 @@ def test_nobody_is_stopped_by_no_id(engine: Engine) -> None:
 
 def test_a_request_that_takes_too_long(triton: FakeTriton) -> None:
     slow = {"request_timeout_s": "0.05", "engine_dir": "/e", "tokenizer_dir": "/t", "world_size": "1", "capacity": "1"}
-    cache = {"kv_cache_memory": "1GB", "max_tokens_in_paged_kv_cache": "64"}
+    cache = {"kv_cache_memory": "1GB", "max_tokens_in_paged_kv_cache": "64", "device": "cpu"}
     engine = Engine(triton, model_args(**slow, **cache, exclude_input_in_output="true"))
-    assert (Group.last.options.kv_cache_memory, Group.last.options.max_tokens_in_paged_kv_cache) == ("1GB", 64)
+    options = Group.last.options
+    assert (options.kv_cache_memory, options.max_tokens_in_paged_kv_cache, options.device) == ("1GB", 64, "cpu")
     request = ask(engine, input_ids=ids(5), wait=False)
     (response,) = request.responses()
     assert response.error().message() == "The request took longer than request_timeout, 0.05 s."

@@ -56,6 +56,7 @@ class GroupOptions:
     tokenizer_dir: Path | None = None
     world_size: int = 1
     kv_cache_memory: str | None = None
+    device: str | None = None
     max_tokens_in_paged_kv_cache: int | None = None
     python: str = sys.executable
     start_timeout_s: float = 1800.0
@@ -291,6 +292,7 @@ def service_command(options: GroupOptions, path: Path) -> list[str]:
         "tokenizer_dir": options.tokenizer_dir,
         "socket": path,
         "world_size": options.world_size,
+        "device": options.device,
         "kv_cache_memory": options.kv_cache_memory,
         "max_tokens_in_paged_kv_cache": options.max_tokens_in_paged_kv_cache,
     }

@@ -16,6 +16,7 @@ from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.launch import is_leader
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Batcher
+from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.jobs.lines import LineError, parse_line
 from arctic_trt.runtime.jobs.plan import Defaults, Planner, in_fields
 from arctic_trt.runtime.kv_budget import KvBudget
@@ -45,6 +46,7 @@ class ServiceOptions:
     socket: Path
     tokenizer_dir: Path | None = None
     kv_budget: KvBudget = field(default_factory=KvBudget)
+    device: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,12 @@ def run_service(options: ServiceOptions) -> None:
     """
     check_engine(options.engine_dir)
     if not is_leader():
-        open_engine(options.engine_dir, options.kv_budget).follow()
+        open_engine(options.engine_dir, options.kv_budget, options.device).follow()
         return
     with _connect(options.socket) as leader:
         directory = tokenizer_directory(options.engine_dir, options.tokenizer_dir)
         tokenizer = Tokenizer(directory)
-        engine = open_engine(options.engine_dir, options.kv_budget)
+        engine = open_engine(options.engine_dir, options.kv_budget, options.device)
         defaults = Defaults(end_ids=find_end_ids(None, tokenizer, directory))
         planner = Planner(limits=engine.limits, vocab_size=engine.vocab_size, tokenizer=tokenizer, defaults=defaults)
         serve(engine, leader, planner, tokenizer)
