@@ -86,7 +86,8 @@ def test_the_ensemble_joins_what_exists_and_is_of_one_kind(engine_dir: Path) -> 
 
 def test_engine_and_tokenizer_are_named_in_full(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(engine_dir.parent)
-    relative = options(Path(engine_dir.name), kv_cache_memory="1GB", device="cuda", request_timeout_s=2.5, exclude_input_in_output=False)
+    given = {"kv_cache_memory": "1GB", "device": "cuda", "request_timeout_s": 2.5, "exclude_input_in_output": False}
+    relative = options(Path(engine_dir.name), **given)
     found = parameters(configs(plan_repository(relative))[ENGINE])
     assert found["engine_dir"] == str(engine_dir) and found["tokenizer_dir"] == str(TOKENIZER.resolve())
     assert (found["world_size"], found["capacity"], found["exclude_input_in_output"]) == ("2", "6", "false")

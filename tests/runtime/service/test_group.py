@@ -321,9 +321,11 @@ def test_nothing_outlives_a_leader_that_is_killed(starts: Path) -> None:
 
 
 def test_the_command_line_has_what_was_given() -> None:
-    words = service_command(GroupOptions(engine_dir=Path("e"), world_size=4, device="cpu", kv_cache_memory="2GiB", python="py"), Path("s"))
+    options = GroupOptions(engine_dir=Path("e"), world_size=4, device="cpu", kv_cache_memory="2GiB", python="py")
+    words = service_command(options, Path("s"))
     assert words[:4] == ["py", "-m", "arctic_trt", "service"]
-    assert words[4:] == ["--engine_dir", "e", "--socket", "s", "--world_size", "4", *("--device", "cpu", "--kv_cache_memory", "2GiB")]
+    shared = ["--engine_dir", "e", "--socket", "s", "--world_size", "4"]
+    assert words[4:] == [*shared, "--device", "cpu", "--kv_cache_memory", "2GiB"]
 
 
 def test_counts_add_up_and_the_rest_is_the_latest() -> None:
