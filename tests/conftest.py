@@ -41,11 +41,17 @@ class Finished:
 
 @pytest.fixture(autouse=True)
 def package_logger() -> Iterator[logging.Logger]:
-    """Commands configure the package's logger; every test finds it as it was."""
+    """Commands configure the package's logger, those too that fixtures of a session run; every test finds it untouched."""
     logger = logging.getLogger("arctic_trt")
-    before = logger.handlers[:], logger.level, logger.propagate
+    reset_logger(logger)
     yield logger
-    logger.handlers[:], logger.level, logger.propagate = before
+    reset_logger(logger)
+
+
+def reset_logger(logger: logging.Logger) -> None:
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_json(write: Run, tmp_path: Path) -> None:
 
 def test_the_same_again_changes_nothing_and_other_content_needs_overwrite(write: Run, tmp_path: Path) -> None:
     write()
-    config = tmp_path / "models" / "arctic" / "config.pbtxt"
+    config = tmp_path / "models" / "arctic_bls" / "config.pbtxt"
     before = config.stat().st_mtime_ns
     (tmp_path / "models" / "arctic" / "1" / "__pycache__").mkdir()
     (tmp_path / "models" / "arctic" / "1" / "__pycache__" / "model.pyc").write_bytes(b"left by Python")
@@ -84,7 +84,7 @@ def test_the_same_again_changes_nothing_and_other_content_needs_overwrite(write:
 def test_flags_may_come_from_a_file(write: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("max_queue_size: 9\nqueue_timeout: 2.5\n")
     assert write("--config", tmp_path / "recipe.yaml").code == 0
-    config = (tmp_path / "models" / "arctic" / "config.pbtxt").read_text()
+    config = (tmp_path / "models" / "arctic_bls" / "config.pbtxt").read_text()
     assert "max_queue_size: 9" in config and "default_timeout_microseconds: 2500000" in config
 
 
