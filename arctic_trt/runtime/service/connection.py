@@ -22,6 +22,8 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._rest = b""
+        # one for all: results of that size, each shrunk to a line, would leave the heap in pieces, a little more each time
+        self._received = memoryview(bytearray(READ_BYTES))
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -40,7 +42,7 @@ class Connection:
         if not self._poll.poll(wait_s * 1000):
             return iter(())
         try:
-            data = self._sock.recv(READ_BYTES)
+            data = self._received[: self._sock.recv_into(self._received)].tobytes()
         except ConnectionError:
             data = b""
         if not data:

@@ -79,3 +79,30 @@ def test_an_end_that_breaks_off_is_an_end(ends: tuple[Connection, socket.socket]
     theirs.close()  # with something unread, which the other end notices as an error
     assert wait_until(lambda: connection.receive(0.05) is None, 5)
     connection.send(b"into nothing\n")
+
+
+def test_all_that_comes_is_received_into_the_same_memory() -> None:
+    """Memory of that size for each message, shrunk to a line, grew the process by a hundred bytes a request."""
+
+    class Watched:
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock, self.buffers = sock, set()
+
+        def fileno(self) -> int:
+            return self.sock.fileno()
+
+        def recv_into(self, buffer: memoryview) -> int:
+            self.buffers.add(id(buffer.obj))
+            return self.sock.recv_into(buffer)
+
+        def sendall(self, data: bytes) -> None:
+            self.sock.sendall(data)
+
+    ours, theirs = socket.socketpair()
+    watched = Watched(ours)
+    connection = Connection(watched)  # type: ignore[arg-type]
+    for number in range(3):
+        theirs.sendall(json.dumps({"id": number}).encode() + b"\n")
+        assert list(connection.receive(1) or ()) == [{"id": number}]
+    assert len(watched.buffers) == 1
+    theirs.close()
