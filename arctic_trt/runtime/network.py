@@ -57,7 +57,7 @@ class Network:
         if not self.rank.is_last_stage:
             self.comm.send(x_TD, self.rank.index + self.rank.mapping.tp_size)
         logits_WV = self._logits(x_TD[packed.wanted_W]) if self.rank.is_last_stage and step.num_logits else None
-        return self._bring_to_rank_0(logits_WV, step.num_logits)
+        return bring_to_rank_0(logits_WV, step.num_logits, self.rank, self.config.vocab_size, self.comm)
 
     def _embed(self, token_T: Tensor) -> Tensor:
         """Each rank looks up the tokens of its rows and leaves zeros for the others."""
@@ -88,12 +88,14 @@ class Network:
         local = self.kernels.linear(self.kernels.rms_norm(x_WD, norm, self.config.rms_norm_eps), lm_head)
         return self.comm.all_gather(local)[:, : self.config.vocab_size]
 
-    def _bring_to_rank_0(self, logits_WV: Tensor | None, num_logits: int) -> Tensor | None:
-        mapping = self.rank.mapping
-        holder = (mapping.pp_size - 1) * mapping.tp_size
-        if holder and num_logits:
-            if self.rank.index == holder and logits_WV is not None:
-                self.comm.send(logits_WV, 0)
-            elif self.rank.index == 0:
-                return self.comm.receive((num_logits, self.config.vocab_size), holder)
-        return logits_WV if self.rank.index == 0 else None
+
+def bring_to_rank_0(logits_WV: Tensor | None, num_logits: int, rank: Rank, vocab_size: int, comm: Communicator) -> Tensor | None:
+    """The last stage's logits [W, V] on rank 0, None on the others; all ranks call it."""
+    mapping = rank.mapping
+    holder = (mapping.pp_size - 1) * mapping.tp_size
+    if holder and num_logits:
+        if rank.index == holder and logits_WV is not None:
+            comm.send(logits_WV, 0)
+        elif rank.index == 0:
+            return comm.receive((num_logits, vocab_size), holder)
+    return logits_WV if rank.index == 0 else None

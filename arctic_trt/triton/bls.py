@@ -17,7 +17,7 @@ from arctic_trt.triton.control import Line, News, control_path
 from arctic_trt.triton.names import ENGINE, INNER
 from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of, take_in
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
@@ -78,15 +78,7 @@ class Bls:
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
-        for request in requests:
-            sender = Sender(self._stub.triton, request)
-            try:
-                self._take_in(request, sender)
-            except UsageError as error:
-                sender.send(self._stub.refusal(str(error), INVALID), last=True)
-            except Exception as error:
-                logger.exception("A request could not be taken in.")
-                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
+        take_in(self._stub, requests, self._take_in)
         self._slots.wait_for_room()
 
     def close(self) -> None:

@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arctic_trt.errors import UsageError
 from arctic_trt.runtime.service.calls import Call
 from arctic_trt.runtime.service.group import DOWN, UP, GroupOptions, WorkerGroup
-from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE, Event, event_json
+from arctic_trt.runtime.service.protocol import INTERNAL, UNAVAILABLE, Event, event_json
 from arctic_trt.triton.answers import Answers, failure_in
 from arctic_trt.triton.control import Listener, control_path
 from arctic_trt.triton.gate import Gate
@@ -29,7 +28,7 @@ from arctic_trt.triton.names import INNER
 from arctic_trt.triton.outbox import Outbox
 from arctic_trt.triton.server import HTTP_ADDRESS
 from arctic_trt.triton.slots import Slots
-from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of
+from arctic_trt.triton.stub import Sender, Stub, arrays_of, end_with_server, settings_of, take_in
 from arctic_trt.triton.tensors import (
     ENGINE_INPUTS,
     STOP,
@@ -94,15 +93,7 @@ class Engine:
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Let ``requests`` in; returns when there is room for another one."""
-        for request in requests:
-            sender = Sender(self._stub.triton, request)
-            try:
-                self._take_in(request, sender)
-            except UsageError as error:
-                sender.send(self._stub.refusal(str(error), INVALID), last=True)
-            except Exception as error:
-                logger.exception("A request could not be taken in.")
-                sender.send(self._stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
+        take_in(self._stub, requests, self._take_in)
         self._slots.wait_for_room()
 
     def close(self) -> None:

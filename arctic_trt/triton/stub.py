@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from arctic_trt.runtime.service.protocol import INVALID, UNAVAILABLE
+from arctic_trt.errors import UsageError
+from arctic_trt.runtime.service.protocol import INTERNAL, INVALID, UNAVAILABLE
 from arctic_trt.triton.tensors import Array
+
+logger = logging.getLogger(__name__)
 
 SERVER_PERIOD_S = 0.1
 STUCK_S = 60.0
@@ -75,6 +79,19 @@ class Sender:
         """Whether the client has gone, or does not want it any more."""
         with self._lock:
             return self._open and bool(self._sender.is_cancelled())
+
+
+def take_in(stub: Stub, requests: Sequence[Any], take: Callable[[Any, Sender], None]) -> None:
+    """Have ``take`` begin each of ``requests``; one that it raises for is answered with an error."""
+    for request in requests:
+        sender = Sender(stub.triton, request)
+        try:
+            take(request, sender)
+        except UsageError as error:
+            sender.send(stub.refusal(str(error), INVALID), last=True)
+        except Exception as error:
+            logger.exception("A request could not be taken in.")
+            sender.send(stub.refusal(f"The request could not be taken in ({error}).", INTERNAL), last=True)
 
 
 def end_with_server(clean_up: Callable[[], None]) -> None:

@@ -26,6 +26,7 @@ from arctic_trt.runtime.cuda.staging import Layout, Staged, fill, plan_decode_la
 from arctic_trt.runtime.kernels import Projection
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.layer import plan_shape
+from arctic_trt.runtime.network import bring_to_rank_0
 from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.weights import LayerWeights, RankWeights
 
@@ -81,7 +82,7 @@ class CudaNetwork:
             logits_WV = self._run(staged(self._stage(step, layout).to(self._device, non_blocking=True), layout), step.num_logits)
         else:
             logits_WV = self._replay(step, sequences)
-        return self._bring_to_rank_0(logits_WV, step.num_logits)
+        return bring_to_rank_0(logits_WV, step.num_logits, self.rank, self.config.vocab_size, self.comm)
 
     @property
     def _group(self) -> int:
@@ -204,16 +205,6 @@ class CudaNetwork:
         outputs = [NormOutput(norm, lm_head)]
         _, normed = self._ops.norm(x_TD.index_select(0, wanted_W), partial_WD, outputs, self.config.rms_norm_eps)
         return self.comm.all_gather(self._ops.project(normed, lm_head, torch.float32))[:, : self.config.vocab_size]
-
-    def _bring_to_rank_0(self, logits_WV: Tensor | None, num_logits: int) -> Tensor | None:
-        mapping = self.rank.mapping
-        holder = (mapping.pp_size - 1) * mapping.tp_size
-        if holder and num_logits:
-            if self.rank.index == holder and logits_WV is not None:
-                self.comm.send(logits_WV, 0)
-            elif self.rank.index == 0:
-                return self.comm.receive((num_logits, self.config.vocab_size), holder)
-        return logits_WV if self.rank.index == 0 else None
 
 
 def _there(part: Held | None) -> Held:
