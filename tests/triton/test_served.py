@@ -105,6 +105,26 @@ def test_grpc_streams_the_same(served: Server, references: list[Reference], mode
     assert "".join(part["text_output"][0].decode() for part in pieces) == reference.text(reference.token_ids)
 
 
+def test_openai_s_own_client_hears_the_same(served: Server, references: list[Reference]) -> None:
+    openai = pytest.importorskip("openai")
+    reference = references[-4]
+    asked = {"model": "arctic", "prompt": reference.prompt, "max_tokens": MOST}
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{served.openai_port}/v1", api_key="none", timeout=60) as client:
+        whole = client.completions.create(**asked)
+        assert (whole.choices[0].text, whole.choices[0].finish_reason) == (
+            reference.text(reference.token_ids),
+            reference.finish_reason,
+        )
+        assert whole.usage.completion_tokens == len(reference.token_ids)
+        pieces = [event.choices[0].text for event in client.completions.create(**asked, stream=True)]
+        assert len(pieces) > 3 and "".join(pieces) == whole.choices[0].text
+        turns = [{"role": "user", "content": "hello"}]
+        chat = client.chat.completions.create(model="arctic", messages=turns, max_tokens=8)
+        assert chat.choices[0].message.role == "assistant" and chat.usage.completion_tokens <= 8
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="arctic", messages=turns, temperature=-1)
+
+
 def grpc_stream(served: Server, model: str, text: str, **more: Any) -> Iterator[dict[str, list[Any]]]:
     """The tensors of each response, as ``tritonclient``'s own examples ask for them."""
     arrays = {
