@@ -139,7 +139,7 @@ def _from_object(value: dict[str, Any], where: str) -> Prompt:
             raise UsageError(f"{where}: input_ids must be a list of integers.")
         return Prompt(where=where, token_ids=tuple(content))
     if given[0] == "messages":
-        if not isinstance(content, list) or not content or not all(_is_message(item) for item in content):
+        if not isinstance(content, list) or not content or not all(is_message(item) for item in content):
             raise UsageError(f"{where}: messages must be a list of objects with the texts 'role' and 'content'.")
         return Prompt(where=where, messages=tuple(content))
     if not isinstance(content, str):
@@ -147,5 +147,6 @@ def _from_object(value: dict[str, Any], where: str) -> Prompt:
     return Prompt(where=where, text=content)
 
 
-def _is_message(item: object) -> bool:
+def is_message(item: object) -> bool:
+    """A turn of a conversation, as JSON has it."""
     return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))

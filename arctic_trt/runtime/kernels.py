@@ -145,8 +145,8 @@ class CpuKernels:
     def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None) -> None:
         block_T, offset_T = slot_T // pages.shape[3], slot_T % pages.shape[3]
         for place, x_TKH in enumerate((k_TKH, v_TKH)):
-            stored = x_TKH if scale is None else _bytes(cast_e4m3(x_TKH, scale))
-            _bytes(pages)[block_T, place, :, offset_T] = stored
+            stored = x_TKH if scale is None else as_bytes(cast_e4m3(x_TKH, scale))
+            as_bytes(pages)[block_T, place, :, offset_T] = stored
 
     def attention(self, q_TNH: Tensor, pages: Tensor, tables: Tables, scale: Tensor | None) -> Tensor:
         outputs, begin = [], 0
@@ -183,12 +183,12 @@ def attend(q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> T
     q, k, v = q_TNH.transpose(0, 1)[None], keys_KLH[None], values_KLH[None]
     seen = None
     if tokens > 1 and start:
-        seen = torch.ones(tokens, length, dtype=torch.bool).tril(start)
+        seen = torch.ones(tokens, length, dtype=torch.bool, device=q_TNH.device).tril(start)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=tokens > 1 and not start, enable_gqa=True)
     return out[0].transpose(0, 1).reshape(tokens, -1)
 
 
-def _bytes(pages: Tensor) -> Tensor:
+def as_bytes(pages: Tensor) -> Tensor:
     """E4m3 as the bytes it is, because torch does not index float8; anything else as it is."""
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
@@ -196,7 +196,7 @@ def _bytes(pages: Tensor) -> Tensor:
 def _cached(pages: Tensor, block_M: Tensor, length: int, scale: Tensor | None) -> Tensor:
     """Keys and values of a sequence's first ``length`` positions, float32 [2, K, L, H]."""
     used_M = block_M[: -(-length // pages.shape[3])]
-    gathered = _bytes(pages).index_select(0, used_M).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+    gathered = as_bytes(pages).index_select(0, used_M).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
     return gathered if scale is None else decode_e4m3(gathered, torch.float32) * scale
 
 

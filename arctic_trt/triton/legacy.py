@@ -7,14 +7,14 @@ and cannot tell whether it begins with a space or in the middle of a character.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from arctic_trt.engine.config import TENSORRT_LLM, EngineConfig
 from arctic_trt.engine.tensorrt_llm.versions import NEWEST, OLDEST, TOO_NEW, release_of
 from arctic_trt.errors import RefusedError
-from arctic_trt.triton.pbtxt import Message, Value, Word, render, string_parameters
+from arctic_trt.triton.pbtxt import Message, Value, Word, ensemble_step, render, string_parameters
 
 ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
 TEXT_MODELS = ("preprocessing", "postprocessing", BLS_MODEL)
@@ -255,7 +255,7 @@ def _python_model(
 
 def _ensemble() -> dict[str, Value]:
     steps = [
-        _step(
+        ensemble_step(
             "preprocessing",
             {
                 "QUERY": "text_input",
@@ -268,7 +268,7 @@ def _ensemble() -> dict[str, Value]:
             },
             {name: f"_{name}" for name in PREPROCESSED.values()},
         ),
-        _step(
+        ensemble_step(
             ENGINE_MODEL,
             {
                 **{name: f"_{output}" for name, output in PREPROCESSED.items()},
@@ -277,7 +277,7 @@ def _ensemble() -> dict[str, Value]:
             },
             {"output_ids": "_TOKENS_BATCH", **{str(output["name"]): str(output["name"]) for output in TEXT_OUTPUTS[1:]}},
         ),
-        _step(
+        ensemble_step(
             "postprocessing",
             {"TOKENS_BATCH": "_TOKENS_BATCH", "SEQUENCE_LENGTH": "sequence_length", "STOP_WORDS_DICT": "stop_words"},
             {"OUTPUT": "text_output"},
@@ -290,13 +290,4 @@ def _ensemble() -> dict[str, Value]:
         "input": list(TEXT_INPUTS),
         "output": list(TEXT_OUTPUTS),
         "ensemble_scheduling": {"step": steps},
-    }
-
-
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Value]:
-    return {
-        "model_name": model,
-        "model_version": -1,
-        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
-        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
     }

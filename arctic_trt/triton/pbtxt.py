@@ -28,6 +28,16 @@ def string_parameters(parameters: Mapping[str, str]) -> list[Message]:
     return [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()]
 
 
+def ensemble_step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+    """A step of an ensemble: the ``model``'s own names for tensors, and what the ensemble calls them."""
+    return {
+        "model_name": model,
+        "model_version": -1,
+        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
+        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
+    }
+
+
 def _fields(message: Message) -> list[str]:
     return [line for name, value in message.items() for line in _field(name, value)]
 

@@ -15,7 +15,7 @@ from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.model.tokenizer import FILES
 from arctic_trt.triton.gate import STATE, UP
 from arctic_trt.triton.names import BLS, ENGINE, ENSEMBLE, GATE, POSTPROCESSING, PREPROCESSING
-from arctic_trt.triton.pbtxt import Message, Word, render, string_parameters
+from arctic_trt.triton.pbtxt import Message, Word, ensemble_step, render, string_parameters
 from arctic_trt.triton.tensors import (
     ABOUT,
     CLIENT_INPUTS,
@@ -147,8 +147,7 @@ def _settings(options: RepositoryOptions) -> dict[str, str]:
         "kv_cache_memory": options.kv_cache_memory,
         "max_tokens_in_paged_kv_cache": options.max_tokens_in_paged_kv_cache,
     }
-    settings = {name: str(value) for name, value in given.items() if value is not None}
-    return settings
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _model(
@@ -215,20 +214,11 @@ def _ensemble() -> Message:
         "output": [_tensor(tensor) for tensor in CLIENT_OUTPUTS],
         "ensemble_scheduling": {
             "step": [
-                _step(
+                ensemble_step(
                     PREPROCESSING, {t.name: t.name for t in CLIENT_INPUTS}, {IDS: "_input_ids", LENGTHS.name: "_input_lengths"}
                 ),
-                _step(ENGINE, engine_inputs, engine_outputs),
-                _step(POSTPROCESSING, post_inputs, {tensor.name: tensor.name for tensor in POST_OUTPUTS}),
+                ensemble_step(ENGINE, engine_inputs, engine_outputs),
+                ensemble_step(POSTPROCESSING, post_inputs, {tensor.name: tensor.name for tensor in POST_OUTPUTS}),
             ]
         },
-    }
-
-
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
-    return {
-        "model_name": model,
-        "model_version": -1,
-        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
-        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
     }

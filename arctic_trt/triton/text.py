@@ -12,7 +12,7 @@ import numpy as np
 
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.inputs import Prompt, tokenize
+from arctic_trt.runtime.inputs import Prompt, is_message, tokenize
 from arctic_trt.runtime.jobs.logprobs import names_of
 from arctic_trt.runtime.service.text import chunk_text
 from arctic_trt.triton.tensors import IDS, LENGTHS, MESSAGES, PROMPTS, TEXT, TEXT_OUTPUT, TOP, Array, Values
@@ -101,11 +101,7 @@ def _messages(text: str) -> tuple[dict[str, str], ...]:
         messages = json.loads(text)
     except ValueError as error:
         raise UsageError(f"messages is not JSON ({error}).", "Expected a list of {role, content}.") from None
-    good = isinstance(messages, list) and messages and all(map(_is_message, messages))
+    good = isinstance(messages, list) and messages and all(map(is_message, messages))
     if not good:
         raise UsageError("messages is not a list of objects with the texts role and content.")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in messages)
-
-
-def _is_message(turn: object) -> bool:
-    return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))

@@ -6,11 +6,15 @@ Run it as a program of its own: whether Triton interprets or compiles is decided
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -43,10 +47,21 @@ def compile_instead(self: JITFunction, grid: object) -> Callable[..., None]:
     def launch(*arguments: object, **options: object) -> None:
         kernel = self.warmup(*arguments, grid=grid, **options)
         name = f"{self.__name__} of {tokens}: {len(found)}"
-        ptx = kernel.asm["ptx"]
-        found[name] = {"wgmma": "wgmma.mma_async" in ptx, "spills": "st.local" in ptx, "shared": kernel.metadata.shared}
+        wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
+        found[name] = {"wgmma": wgmma, "spills": spills(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
 
     return launch
+
+
+def spills(cubin: bytes) -> bool:
+    """Whether registers did not suffice, by what the machine code says that it needs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        words = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    (stack,), (local,) = (re.findall(rf"{kind}:(\d+)", said) for kind in ("STACK", "LOCAL"))
+    return int(stack) + int(local) > 0
 
 
 def projection(*shape: int) -> Projection:

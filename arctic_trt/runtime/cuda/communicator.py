@@ -27,7 +27,8 @@ class DeviceCommunicator:
 
         self.rank, self.world_size = control.rank, control.world_size
         self._control, self._device, self._size = control, device, mapping.tp_size
-        where = control.gather_all(_free_address() if control.rank == 0 else None)[0]
+        hosts = control.gather_all(socket.gethostname())
+        where = control.gather_all(_free_address(alone=len(set(hosts)) == 1) if control.rank == 0 else None)[0]
         distributed.init_process_group(
             backend,
             init_method=f"tcp://{where}",
@@ -66,9 +67,9 @@ class DeviceCommunicator:
         return self._control.gather_all(value)
 
 
-def _free_address() -> str:
-    """A port of this host on which the other ranks can find rank 0."""
-    host = socket.gethostname()
+def _free_address(*, alone: bool) -> str:
+    """A port on which the other ranks can find rank 0; where this host is ``alone``, its name need not mean anything."""
+    host = "127.0.0.1" if alone else socket.gethostbyname(socket.gethostname())
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
-        return f"{socket.gethostbyname(host)}:{probe.getsockname()[1]}"
+        return f"{host}:{probe.getsockname()[1]}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from arctic_trt.model import layer
 from arctic_trt.quantize.fp8 import cast_e4m3
 from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput, Routed
-from arctic_trt.runtime.kernels import Projection
+from arctic_trt.runtime.kernels import Projection, as_bytes, attend
 
 
 class TwinOps:
@@ -61,9 +61,9 @@ class TwinOps:
         heads = qkv.view(len(qkv), -1, head_dim)
         q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
         cos, sin = (table[position_T.long()][:, None] for table in rotary)
-        stored = _bytes(pages)
+        stored = as_bytes(pages)
         for place, x_TKH in enumerate((layer.apply_rotary(k, cos, sin), v)):
-            codes = x_TKH.to(pages.dtype) if scale is None else _bytes(cast_e4m3(x_TKH, scale))
+            codes = x_TKH.to(pages.dtype) if scale is None else as_bytes(cast_e4m3(x_TKH, scale))
             stored[slot_T.long() // size, place, :, slot_T.long() % size] = codes
         return layer.apply_rotary(q, cos, sin).to(self._queries)
 
@@ -74,7 +74,7 @@ class TwinOps:
         ):
             if count:
                 keys, values = _cached(pages, tables.block_CM[chunk], start + count, scale)
-                outputs[first : first + count] = _attend(q_TNH[first : first + count].float(), keys, values, start)
+                outputs[first : first + count] = attend(q_TNH[first : first + count].float(), keys, values, start)
         return activation(outputs, reader)
 
 
@@ -99,13 +99,6 @@ def _by_expert(x: Tensor, routed: Routed, projection: Projection) -> Tensor:
     return y
 
 
-def _attend(q_TNH: Tensor, keys_KLH: Tensor, values_KLH: Tensor, start: int) -> Tensor:
-    seen = torch.ones(len(q_TNH), keys_KLH.shape[1], dtype=torch.bool, device=q_TNH.device).tril(start)
-    q, k, v = q_TNH.transpose(0, 1)[None], keys_KLH[None], values_KLH[None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-    return out[0].transpose(0, 1).reshape(len(q_TNH), -1)
-
-
 def _cached(pages: Tensor, block_M: Tensor, length: int, scale: Tensor | None) -> Tensor:
     """Keys and values of a sequence's first ``length`` positions, float32 [2, K, L, H]."""
     used_M = block_M[: -(-length // pages.shape[3])].long()
@@ -115,8 +108,4 @@ def _cached(pages: Tensor, block_M: Tensor, length: int, scale: Tensor | None) -
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of a tensor of any dtype; torch does not index float8."""
-    return _bytes(x)[index].view(x.dtype)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+    return as_bytes(x)[index].view(x.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,20 @@ import triton_python_backend_utils as pb
 from arctic_trt.errors import UsageError
 from arctic_trt.triton.legacy import PREPROCESSED
 from arctic_trt.triton.legacy_text import Arrays, LegacyText, Tensors, decoded, words_of
+from arctic_trt.triton.stub import arrays_of, settings_of
 
 
 class TritonPythonModel:
     """Tokenizes one request at a time."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        self.text = LegacyText(Path(parameters["tokenizer_dir"]["string_value"]))
+        self.text = LegacyText(Path(settings_of(args)["tokenizer_dir"]))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self.respond(request) for request in requests]
 
     def respond(self, request: Any) -> Any:
-        given = {item.name(): item.as_numpy() for item in request.inputs()}
+        given = arrays_of(request)
         try:
             return pb.InferenceResponse([pb.Tensor(PREPROCESSED[name], array) for name, array in self.ask(given).items()])
         except UsageError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import uuid
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import triton_python_backend_utils as pb
 from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.triton.legacy import ENGINE_MODEL, ENGINE_OUTPUTS
 from arctic_trt.triton.legacy_text import Arrays, LegacyCall, LegacyText, Tensors
+from arctic_trt.triton.stub import arrays_of, settings_of
 
 FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 WANTED = [str(output["name"]) for output in ENGINE_OUTPUTS if "logits" not in str(output["name"])]
@@ -27,12 +27,11 @@ class TritonPythonModel:
     """A thread for each request: the engine's answers are waited for."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        self.text = LegacyText(Path(parameters["tokenizer_dir"]["string_value"]))
+        self.text = LegacyText(Path(settings_of(args)["tokenizer_dir"]))
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            given = {item.name(): item.as_numpy() for item in request.inputs()}
+            given = arrays_of(request)
             threading.Thread(target=self.answer, args=(given, request.get_response_sender())).start()
 
     def answer(self, given: Tensors, sender: Any) -> None:
