@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_command_line_reference_is_up_to_date() -> None:
+@pytest.mark.parametrize("generator", ["generate_cli_docs", "generate_module_docs"])
+def test_what_is_generated_is_up_to_date(generator: str) -> None:
     check = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "generate_cli_docs"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / generator), "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
