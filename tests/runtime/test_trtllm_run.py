@@ -88,7 +88,7 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 def make_engine(tiny: Model, standin: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[Any, ...], Path] = {}
 
-    def build(*flags: str, tp_size: int = 2, pp_size: int = 1) -> Path:
+    def build(*flags: str, tp_size: int = 1, pp_size: int = 1) -> Path:
         key = (*flags, tp_size, pp_size)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("engine") / "engine"
@@ -109,12 +109,13 @@ def arctic_trt(*words: object, standin: StandIn) -> None:
 
 @pytest.fixture
 def go(standin: StandIn, tmp_path: Path) -> Go:
-    def run(engine: Path, *words: object, ranks: int = 2, **environ: str) -> Job:
+    def run(engine: Path, *words: object, ranks: int | None = None, **environ: str) -> Job:
+        """As many ranks as the engine has, unless told otherwise."""
         log = Path(standin.changes["TRTLLM_STANDIN_LOG"])
         log.unlink(missing_ok=True)
         command = ["-m", "arctic_trt", "run", "--engine_dir", engine, "--max_output_len", 20, *words]
         done = subprocess.run(
-            mpirun_command(ranks, *command),
+            mpirun_command(ranks or world_size(engine), *command),
             env=mpi_environ(**{**standin.changes, **environ}),
             capture_output=True,
             timeout=120,
@@ -123,6 +124,10 @@ def go(standin: StandIn, tmp_path: Path) -> Go:
         return Job(done.returncode, *(stream.decode(errors="replace") for stream in (done.stdout, done.stderr)))
 
     return run
+
+
+def world_size(engine: Path) -> int:
+    return int(json.loads((engine / "config.json").read_text())["pretrained_config"]["mapping"]["world_size"])
 
 
 def outputs(job: Job) -> list[dict[str, Any]]:
@@ -142,7 +147,7 @@ def played(prompt: list[int], vocab: int, count: int) -> list[int]:
 
 
 def test_the_official_command(go: Go, make_engine: Callable[..., Path], standin: StandIn, tiny: Model) -> None:
-    engine = make_engine()
+    engine = make_engine(tp_size=2)
     job = go(engine, "--tokenizer_dir", tiny.hf_dir, "--input_text", PROMPT)
     assert job.code == 0, job.err
     assert f'Input [Text 0]: "{PROMPT}"' in job.out and "Output [Text 0]: " in job.out
@@ -191,10 +196,10 @@ def test_streamed_or_not_the_outputs_are_equal(go: Go, make_engine: Callable[...
 
 def test_the_torch_backend_gives_objects_of_the_same_form(go: Go, make_engine: Callable[..., Path], tiny: Model) -> None:
     job = go(make_engine(), "--input_text", PROMPT, "--json")
-    torch_job = go(tiny.engine("fp8"), "--input_text", PROMPT, "--json", ranks=1)
+    torch_job = go(tiny.engine("fp8"), "--input_text", PROMPT, "--json")
     ours, theirs = json.loads(job.out), json.loads(torch_job.out)
     assert list(ours) == list(theirs) and list(ours["outputs"][0]) == list(theirs["outputs"][0])
-    assert (ours["world_size"], theirs["backend"]) == (2, "torch")
+    assert (ours["world_size"], theirs["backend"]) == (1, "torch")
 
 
 def test_prompt_logits_of_unequal_prompts(go: Go, make_engine: Callable[..., Path], tiny: Model, tmp_path: Path) -> None:
@@ -243,7 +248,7 @@ def test_sampling_reaches_the_library(
 
 def test_the_torch_backend_says_what_it_has_no_settings_for(go: Go, tiny: Model) -> None:
     words = ["--enable_chunked_context", "--cuda_graph_mode", "--max_tokens_in_paged_kv_cache", 640]
-    job = go(tiny.engine("fp8"), "--input_text", PROMPT, *words, "-v", ranks=1)
+    job = go(tiny.engine("fp8"), "--input_text", PROMPT, *words, "-v")
     assert job.code == 0
     assert "--cuda_graph_mode: without effect, the torch backend has no such settings" in job.err
     assert "--enable_chunked_context: the torch backend always does that" in job.err
@@ -256,33 +261,34 @@ def test_the_torch_backends_budget_has_no_effect_on_tensorrt_llm(go: Go, make_en
 
 
 @pytest.mark.parametrize(
-    ("words", "environ", "code", "complaint"),
+    ("ranks", "words", "environ", "code", "complaint"),
     [
-        ([], {"FAKE_GPUS": "1"}, 3, r"2 ranks were started on this machine, which shows 1 GPUs"),
-        ([], {"FAKE_GPU_CAPABILITY": "8.9"}, 3, r"built for SM 90 .*GPU 0 is SM 89"),
-        ([], {"FAKE_GPU_FREE_MIB": "0"}, 3, r"GPU 0 .* has 0\.0 GB free"),
-        (["--output_logits_npy", "x.npy"], {}, 2, "--output_logits_npy needs the prompts' logits.*--gather_context_logits"),
-        (["--logprobs", "2"], {}, 2, "--logprobs needs an engine of the torch backend"),
-        (["--kv_cache_free_gpu_memory_fraction", "2"], {}, 2, "--kv_cache_free_gpu_memory_fraction 2.0 is out of range"),
+        (2, [], {"FAKE_GPUS": "1"}, 3, r"2 ranks were started on this machine, which shows 1 GPUs"),
+        (1, [], {"FAKE_GPU_CAPABILITY": "8.9"}, 3, r"built for SM 90 .*GPU 0 is SM 89"),
+        (1, [], {"FAKE_GPU_FREE_MIB": "0"}, 3, r"GPU 0 .* has 0\.0 GB free"),
+        (2, ["--output_logits_npy", "x.npy"], {}, 2, "--output_logits_npy needs the prompts' logits.*--gather_context_logits"),
+        (1, ["--logprobs", "2"], {}, 2, "--logprobs needs an engine of the torch backend"),
+        (1, ["--kv_cache_free_gpu_memory_fraction", "2"], {}, 2, "--kv_cache_free_gpu_memory_fraction 2.0 is out of range"),
     ],
 )
 def test_refusals_before_loading(
     go: Go,
     make_engine: Callable[..., Path],
     standin: StandIn,
+    ranks: int,
     words: list[str],
     environ: dict[str, str],
     code: int,
     complaint: str,
 ) -> None:
-    job = go(make_engine(), "--input_text", PROMPT, *words, **environ)
+    job = go(make_engine(tp_size=ranks), "--input_text", PROMPT, *words, **environ)
     assert job.code == code and re.search(complaint, job.err), job.err
     assert job.err.count("arctic-trt: error:") == 1
     assert standin.calls("ModelRunnerCpp.from_dir") == []
 
 
 def test_the_number_of_ranks(go: Go, make_engine: Callable[..., Path]) -> None:
-    job = go(make_engine(), "--input_text", PROMPT, ranks=3)
+    job = go(make_engine(tp_size=2), "--input_text", PROMPT, ranks=3)
     assert job.code == 3 and "This engine needs 2 ranks (tp 2 x pp 1), got 3" in job.err
 
 
@@ -300,7 +306,7 @@ def test_another_version_is_refused(make_engine: Callable[..., Path], go: Go, tm
 
 
 def test_an_engine_that_lost_a_rank(make_engine: Callable[..., Path], go: Go, tmp_path: Path) -> None:
-    engine = Path(shutil.copytree(make_engine(), tmp_path / "engine"))
+    engine = Path(shutil.copytree(make_engine(tp_size=2), tmp_path / "engine"))
     (engine / "rank1.engine").write_bytes(b"")
     job = go(engine, "--input_text", PROMPT)
     assert job.code == 1 and re.search(r"rank1\.engine has 0 bytes, expected \d+", job.err)
