@@ -102,7 +102,9 @@ def make_network(
     for pages in cache.pages:
         pages.view(torch.uint8).random_(0, WEIGHT_CODES)
     comm = LocalWork(rank.mapping.world_size)
-    return CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+    network = CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+    network.prepare(max(graphs, default=1))
+    return network
 
 
 def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size: int) -> tuple[Step, Step]:

@@ -36,6 +36,11 @@ OnError = Callable[[int, ArcticTrtError], None]
 OnPromptLogits = Callable[[int, int, Tensor], None]
 
 
+def most_step_tokens(limits: BuildConfig) -> int:
+    """Tokens of the largest step that a batcher asks for."""
+    return min(limits.max_num_tokens, max(STEP_TOKENS, limits.max_batch_size))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What became of one request; ``token_ids`` are the generated ones, with the end token if it came to one.
@@ -135,7 +140,7 @@ class Batcher:
         self._scheduler = Scheduler(
             self._room,
             max_batch_size=limits.max_batch_size,
-            max_num_tokens=min(limits.max_num_tokens, max(STEP_TOKENS, limits.max_batch_size)),
+            max_num_tokens=most_step_tokens(limits),
         )
         self._detokenizer = detokenizer
         self._listeners = listeners or Listeners()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -33,11 +34,12 @@ class Forward(Protocol):
 
 
 class Worker:
-    """A rank's network and cache behind a single verb, :meth:`execute`."""
+    """A rank's network and cache behind a single verb, :meth:`execute`. ``on_reserved`` is called when the cache has its room."""
 
-    def __init__(self, network: Forward) -> None:
+    def __init__(self, network: Forward, on_reserved: Callable[[], None] = lambda: None) -> None:
         self.network = network
         self._cache = network.cache
+        self._on_reserved = on_reserved
 
     @property
     def room(self) -> KvRoom:
@@ -52,6 +54,7 @@ class Worker:
     def reserve(self, room: KvRoom) -> None:
         """Make room for keys and values, the same on all ranks; before the first step."""
         self._cache.reserve(room)
+        self._on_reserved()
 
     def execute(self, step: Step) -> Tensor | None:
         """Free, assign blocks, compute; returns the wanted logits [W, V] on rank 0, in host memory."""

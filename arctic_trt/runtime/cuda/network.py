@@ -1,8 +1,8 @@
 """Arctic's forward pass on one rank and one GPU: a step in, float32 logits out on rank 0.
 
 Router and experts read the normed *input* of the layer, so they run on a stream of their own beside attention and residual MLP;
-their sums meet before the layer's second reduction. A step that takes one token of each sequence is one CUDA graph, recorded for
-some numbers of sequences, of which the next larger is taken.
+their sums meet before the layer's second reduction. A step that takes one token of each sequence is one CUDA graph, recorded
+beforehand for some numbers of sequences, of which the next larger is taken.
 
 Legend: T tokens, D hidden, V vocab, W positions whose logits are wanted.
 """
@@ -10,8 +10,7 @@ Legend: T tokens, D hidden, V vocab, W positions whose logits are wanted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,13 +20,14 @@ from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import rotary_tables
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.graphs import Recorded, out_of_memory_is_refused, record
 from arctic_trt.runtime.cuda.ops import FusedOps, NormOutput
 from arctic_trt.runtime.cuda.staging import Layout, Staged, fill, plan_decode_layout, plan_layout, staged, staging_buffer
 from arctic_trt.runtime.kernels import Projection
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.layer import plan_shape
 from arctic_trt.runtime.network import bring_to_rank_0
-from arctic_trt.runtime.step import Step
+from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import LayerWeights, RankWeights
 
 Held = TypeVar("Held", Tensor, Projection)
@@ -35,20 +35,15 @@ EXACT_SUM_TOKENS = 64
 """Up to this many tokens ranks add up float32; more are added in bf16, where the bytes are what takes time."""
 
 
-@dataclass(slots=True)
-class Recorded:
-    """A CUDA graph with the memory that it reads and writes; ``logits_WV`` on the last stage."""
-
-    graph: torch.cuda.CUDAGraph
-    array: Tensor
-    logits_WV: Tensor | None
+Decode = tuple[Tensor, Tensor | None]
+"""Of a recorded step: the integers that it reads, and its logits on the last stage."""
 
 
 class CudaNetwork:
     """One rank of an engine; :meth:`forward` is called on all ranks with the same step.
 
     ``weights`` and ``cache`` lie on ``device``, whose cache has a block more than its room, for what is not kept. ``graphs`` are
-    the numbers of sequences for which decode steps are recorded, none without a GPU.
+    the numbers of sequences for which :meth:`prepare` records decode steps, none without a GPU.
     """
 
     def __init__(
@@ -71,8 +66,33 @@ class CudaNetwork:
         tables = rotary_tables(torch.arange(self._max_seq_len), config.head_dim, config.rope_theta)
         self._rotary = tables[0].to(device), tables[1].to(device)
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._recorded: dict[int, Recorded] = {}
+        self._recorded: dict[int, Recorded[Decode]] = {}
         self._host = staging_buffer(0, device)
+
+    @torch.inference_mode()
+    def prepare(self, most_tokens: int) -> None:
+        """Record decode steps, and run the largest step that can come, one of ``most_tokens``; the cache has got its room.
+
+        All ranks do so together. Raises :class:`RefusedError` where the device has not the memory for it.
+        """
+        self._recorded = record(self._graphs, self._decode, self._device)
+        chunk = Chunk(sequence=0, start=0, tokens=(0,) * most_tokens, blocks=(), logits_from=0)
+        layout = plan_layout(Step(chunks=(chunk,)), self._group, self._shape.kv_heads, self._width)
+        with out_of_memory_is_refused(f"A step of {most_tokens} tokens", self._device):
+            self._run(self._idle(layout)[1], layout.wanted)
+
+    def _decode(self, sequences: int) -> Callable[[], Decode]:
+        """A decode step of ``sequences``, none of which is there yet, to be recorded."""
+        layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
+        array, step = self._idle(layout)
+        return lambda: (array, self._run(step, layout.wanted))
+
+    def _idle(self, layout: Layout) -> tuple[Tensor, Staged]:
+        """A step of nobody's tokens, which keeps nothing."""
+        array = torch.zeros(layout.size, dtype=torch.int32, device=self._device)
+        step, room = staged(array, layout), self.cache.room
+        step.slot_T.fill_(room.num_blocks * room.block_tokens)
+        return array, step
 
     def forward(self, step: Step) -> Tensor | None:
         """Logits [W, V] on rank 0, None on the others; keys and values of the step's tokens stay in the cache."""
@@ -96,7 +116,7 @@ class CudaNetwork:
         """For how many sequences a graph can take this step, None if none can."""
         if step.num_tokens != len(step.chunks) or step.num_logits != len(step.chunks):
             return None
-        return next((size for size in self._graphs if size >= len(step.chunks)), None)
+        return min((size for size in self._recorded if size >= len(step.chunks)), default=None)
 
     def _stage(self, step: Step, layout: Layout) -> Tensor:
         """The step in host memory. What was staged before must have been read: logits of every step are waited for."""
@@ -110,26 +130,11 @@ class CudaNetwork:
     def _replay(self, step: Step, sequences: int) -> Tensor | None:
         layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
         host = self._stage(step, layout)
-        if sequences not in self._recorded:
-            self._recorded[sequences] = self._record(host, layout)
         recorded = self._recorded[sequences]
-        recorded.array.copy_(host, non_blocking=True)
+        array, logits_WV = recorded.result
+        array.copy_(host, non_blocking=True)
         recorded.graph.replay()
-        return None if recorded.logits_WV is None else recorded.logits_WV[: step.num_logits]
-
-    def _record(self, host: Tensor, layout: Layout) -> Recorded:
-        array = host.to(self._device)
-        step = staged(array, layout)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # kernels are compiled and chosen before they are recorded
-            for _ in range(2):
-                self._run(step, layout.wanted)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_WV = self._run(step, layout.wanted)
-        return Recorded(graph, array, logits_WV)
+        return None if logits_WV is None else logits_WV[: step.num_logits]
 
     def _run(self, step: Staged, num_logits: int) -> Tensor | None:
         """Everything between the step's integers and this stage's result; recorded as it is."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from arctic_trt.engine.config import EngineConfig
 from arctic_trt.errors import RefusedError
 from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.batcher import most_step_tokens
 from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.graphs import graph_sizes
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import KvCache
@@ -55,19 +57,15 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
         spare_blocks=1,
     )
     limits = engine.build_config
+    most_tokens = most_step_tokens(limits)
     network = CudaNetwork(
         *(config, rank, weights, cache, comm, TritonOps()),
         device=device,
         max_seq_len=limits.max_seq_len,
-        graphs=graph_sizes(limits.max_batch_size),
+        graphs=graph_sizes(min(limits.max_batch_size, most_tokens)),
     )
     gc.freeze()
-    return Worker(network)
-
-
-def graph_sizes(max_batch_size: int) -> list[int]:
-    """For how many sequences decode steps are recorded: powers of two, and the most that there can be."""
-    return sorted({min(1 << power, max_batch_size) for power in range(max_batch_size.bit_length() + 1)})
+    return Worker(network, on_reserved=lambda: network.prepare(most_tokens))
 
 
 class _Progress:
