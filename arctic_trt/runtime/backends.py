@@ -21,7 +21,7 @@ from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator, agreement
 from arctic_trt.runtime.detokenizer import Detokenizer
-from arctic_trt.runtime.device import AUTO, CPU, CUDA, find_device, find_place
+from arctic_trt.runtime.device import AUTO, CPU, CUDA, look_around, take_device
 from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, free_on_gpu, free_on_host, plan_room
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.trtllm import check_engine, generate_with_trtllm, open_session
@@ -71,13 +71,13 @@ class TorchBackend:
         self._budget = budget
         self._asked = device
         self._device = torch.device("cpu")
-        self._place = find_place(comm)
+        self._sights = comm.gather_all(look_around(device))
         self._worker: Worker | None = None
 
     def check(self) -> None:
         config, mapping, quant = self._engine.network()
         rank = mapping.rank(self._comm.rank)
-        self._device = find_device(self._asked, *self._place)
+        self._device = take_device(self._asked, self._sights, rank.index)
         if self._device.type == CUDA:
             from arctic_trt.runtime.cuda.worker import load_cuda_worker
 
@@ -107,9 +107,9 @@ class TorchBackend:
     def _connect_devices(self) -> None:
         """Where each rank has a GPU, tensors go from one to the other."""
         if self._device.type == CUDA and self._comm.world_size > 1:
-            from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
+            from arctic_trt.runtime.cuda.worker import connect_devices
 
-            self.worker.network.comm = DeviceCommunicator(self._comm, self._engine.network()[1], self._device)
+            connect_devices(self.worker, self._comm, self._engine.network()[1], self._device)
 
     def _free_memory(self) -> int | None:
         """Bytes that this rank may take for its cache, None where the system does not say."""

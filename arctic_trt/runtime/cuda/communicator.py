@@ -1,49 +1,72 @@
 """What ranks say to each other on GPUs: tensors go from device to device, everything else over MPI as on the CPU.
 
-NCCL's sums are the same bits on every rank of a group, which is all that routing needs.
+Sums are the same bits on every rank of a group, which is all that routing needs: :mod:`arctic_trt.runtime.cuda.sums` says how for
+small ones, NCCL does the others.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arctic_trt.errors import RefusedError, UsageError
+from arctic_trt.machine import query_links
 from arctic_trt.model.mapping import Mapping
-from arctic_trt.runtime.communicator import Communicator, Ints
+from arctic_trt.runtime.communicator import Communicator, Ints, agreement
+from arctic_trt.runtime.cuda.meeting import join
+from arctic_trt.runtime.cuda.sums import SharedSums, Way, describe_obstacle, find_missing_operation, share_memory
+
+NCCL = "nccl"
+SUMS = "ARCTIC_TRT_GPU_SUMS"
+AUTO = "auto"
+REHEARSED_BYTES = (1 << 10, 4 << 20, 64 << 20)
+"""Tensors whose sums take each way that there may be."""
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceCommunicator:
     """A rank of ``mapping``'s world: control by ``control``, tensors by torch.distributed with ``backend``.
 
     See :class:`arctic_trt.runtime.communicator.Communicator`; every rank makes one at the same time. No call waits for the
-    device, so that all may be recorded in a CUDA graph.
+    device, so that all may be recorded in a CUDA graph. Raises :class:`RefusedError` on all ranks where some cannot join, or
+    where sums come out wrong.
     """
 
-    def __init__(self, control: Communicator, mapping: Mapping, device: torch.device, backend: str = "nccl") -> None:
+    def __init__(self, control: Communicator, mapping: Mapping, device: torch.device, backend: str = NCCL) -> None:
         from torch import distributed
 
         self.rank, self.world_size = control.rank, control.world_size
-        self._control, self._device, self._size = control, device, mapping.tp_size
-        hosts = control.gather_all(socket.gethostname())
-        where = control.gather_all(_free_address(alone=len(set(hosts)) == 1) if control.rank == 0 else None)[0]
-        distributed.init_process_group(
-            backend,
-            init_method=f"tcp://{where}",
-            rank=self.rank,
-            world_size=self.world_size,
-            device_id=device if device.type == "cuda" else None,
-        )
-        stages = [range(first, first + mapping.tp_size) for first in range(0, self.world_size, mapping.tp_size)]
-        groups = [distributed.new_group(list(stage)) for stage in stages]  # every rank takes part in making each
-        self._group: Any = groups[self.rank // mapping.tp_size]
+        self._control, self._device, self._mapping = control, device, mapping
+        self._size = mapping.tp_size
         self._distributed = distributed
+        self._listener = join(control, device, backend)
+        stages = [range(first, first + self._size) for first in range(0, self.world_size, self._size)]
+        groups = [distributed.new_group(list(stage)) for stage in stages]  # every rank takes part in making each
+        self._group: Any = groups[self.rank // self._size]
+        self._sums = self._share() if device.type == "cuda" and self._size > 1 else None
+        wrong = self._rehearse()
+        with agreement(control):
+            if wrong:
+                raise RefusedError(
+                    f"Sums of {' and '.join(map(str, wrong))} bytes over {self._size} ranks come out wrong on "
+                    f"{socket.gethostname()}, {device}.",
+                    f"{SUMS}=nccl leaves all of them to NCCL; NCCL_DEBUG=INFO says what it does.",
+                )
 
     def all_reduce(self, x: Tensor) -> None:
-        if self._size > 1:
+        if self._size == 1:
+            return
+        way = Way.LIBRARY if self._sums is None else self._sums.plan(x)
+        if self._sums is None or way is Way.LIBRARY:
             self._distributed.all_reduce(x, group=self._group)
+        else:
+            self._sums.add_up(x, way)
 
     def all_gather(self, x_TV: Tensor) -> Tensor:
         if self._size == 1:
@@ -66,10 +89,61 @@ class DeviceCommunicator:
     def gather_all(self, value: Any) -> list[Any]:
         return self._control.gather_all(value)
 
+    def close(self) -> None:
+        """Leave the others, all ranks together; recorded graphs have to be gone, for NCCL waits for them."""
+        self._sums = None
+        self._distributed.destroy_process_group()
+        self.gather_all(None)  # until all have left, their threads ask rank 0's listener
+        self._listener = None
 
-def _free_address(*, alone: bool) -> str:
-    """A port on which the other ranks can find rank 0; where this host is ``alone``, its name need not mean anything."""
-    host = "127.0.0.1" if alone else socket.gethostbyname(socket.gethostname())
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return f"{host}:{probe.getsockname()[1]}"
+    def _share(self) -> SharedSums | None:
+        """Memory in common where all groups can have it, otherwise None, with a warning from rank 0."""
+        asked = check_sums(self.gather_all(os.environ.get(SUMS, AUTO))[0])
+        hosts = self.gather_all(socket.gethostname())
+        spread = max(len(set(hosts[first : first + self._size])) for first in range(0, self.world_size, self._size))
+        links = query_links() if self.rank == 0 and asked == AUTO else None
+        obstacle = self.gather_all(describe_obstacle(spread, links, find_missing_operation()))[0]
+        if asked == NCCL:
+            return None
+        shared: SharedSums | None = None
+        failure: str | None = None
+        if obstacle is None:
+            try:
+                shared = share_memory(self._group, self._size, self._device)
+            except RuntimeError as error:
+                failure = str(error).partition("\n")[0]
+            obstacle = next((each for each in self.gather_all(failure) if each), None)
+        if obstacle is None:
+            return shared
+        if self.rank == 0:
+            logger.warning("Small sums take NCCL's way, which takes longer: %s.", obstacle)
+        return None
+
+    def _rehearse(self) -> list[int]:
+        """Make each connection once, before memory is shared out and graphs are recorded; returns the sizes of wrong sums."""
+        place, ranks, wrong = self.rank % self._size, self._size, []
+        for size in REHEARSED_BYTES if self._device.type == "cuda" else REHEARSED_BYTES[:1]:
+            x = torch.full((size // 4,), place + 1.0, device=self._device)
+            self.all_reduce(x)
+            if not bool((x == ranks * (ranks + 1) / 2).all()):
+                wrong.append(size)
+        self.all_gather(torch.zeros(1, 1, device=self._device))
+        for here, there in self._neighbours():
+            if self.rank == here:
+                self.send(torch.zeros(1, device=self._device), there)
+            elif self.rank == there:
+                self.receive((1,), here)
+        return wrong
+
+    def _neighbours(self) -> list[tuple[int, int]]:
+        """Ranks between which hidden states go, and logits at the end."""
+        ranks, mapping = range(self.world_size), self._mapping
+        stages = [(rank, rank + mapping.tp_size) for rank in ranks[: -mapping.tp_size]]
+        return [*stages, ((mapping.pp_size - 1) * mapping.tp_size, 0)] if stages else []
+
+
+def check_sums(asked: str) -> str:
+    """What :data:`SUMS` says; raises :class:`UsageError` for anything but ``auto`` and ``nccl``."""
+    if asked not in (AUTO, NCCL):
+        raise UsageError(f"{SUMS}={asked} is none of {AUTO}, {NCCL}.")
+    return asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import time
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from arctic_trt.engine.config import EngineConfig
 from arctic_trt.errors import RefusedError
-from arctic_trt.model.mapping import Rank
+from arctic_trt.model.mapping import Mapping, Rank
 from arctic_trt.runtime.batcher import most_step_tokens
 from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
 from arctic_trt.runtime.cuda.graphs import graph_sizes
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
@@ -66,6 +68,22 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
     )
     gc.freeze()
     return Worker(network, on_reserved=lambda: network.prepare(most_tokens))
+
+
+def connect_devices(worker: Worker, comm: Communicator, mapping: Mapping, device: torch.device) -> None:
+    """Have ``worker``'s tensors go from GPU to GPU until this process ends, as all of ``mapping``'s ranks do together.
+
+    Raises :class:`RefusedError` on all of them where they cannot.
+    """
+    worker.network.comm = devices = DeviceCommunicator(comm, mapping, device)
+    atexit.register(_part, worker, devices)
+
+
+def _part(worker: Worker, devices: DeviceCommunicator) -> None:
+    """A rank that fails ends the job and comes not by here: nobody waits for somebody who is gone."""
+    assert isinstance(worker.network, CudaNetwork)
+    worker.network.forget()
+    devices.close()
 
 
 class _Progress:
