@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,9 @@ from torch import Tensor
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
-from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda import graphs
+from arctic_trt.runtime.cuda.graphs import Recorded
+from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.kernels import CpuKernels
 from arctic_trt.runtime.kv_cache import KvCache
@@ -27,7 +32,7 @@ class AsItLies(CpuKernels):
         return weight
 
 
-def networks(model: Model, name: str) -> tuple[Worker, Worker]:
+def networks(model: Model, name: str, graphs: tuple[int, ...] = ()) -> tuple[Worker, Worker]:
     """The CPU's, and the GPU's with twins."""
     engine_dir = model.engine(name, **RECIPES[name])
     config, mapping, quant = read_engine_config(engine_dir).network()
@@ -37,7 +42,8 @@ def networks(model: Model, name: str) -> tuple[Worker, Worker]:
     sizes = {"num_layers": len(weights.layers), "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
     cache = KvCache(**sizes, fp8=quant.kv_fp8, spare_blocks=1)
     device = torch.device("cpu")
-    theirs = Worker(CudaNetwork(config, rank, weights, cache, comm, TwinOps(torch.float32), device=device, max_seq_len=64))
+    ops = TwinOps(torch.float32)
+    theirs = Worker(CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=64, graphs=graphs))
     for worker in (ours, theirs):
         worker.reserve(room)
     return ours, theirs
@@ -68,3 +74,54 @@ def test_logits_are_the_cpus(shape: str, name: str, request: pytest.FixtureReque
         error_W = (found - wanted).abs().mean(-1)
         assert error_W.median() <= 0.01  # activations of bf16 weights are bf16; now and then a code rounds to its neighbour
         assert error_W.mean() <= 0.05
+
+
+class Repeated:
+    """A CUDA graph where there is no GPU: it does the work again, and leaves the result where it was the first time."""
+
+    def __init__(self, work: Callable[[], Decode]) -> None:
+        self._work = work
+        self.result = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        found, (_, kept) = self._work()[1], self.result
+        if found is not None and kept is not None:
+            kept.copy_(found)
+
+
+def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs for 2 and 4 sequences take steps of 1, 3 and 2; what is filled up touches no block of anybody."""
+    repeated: list[Repeated] = []
+
+    def record_again(work: Callable[[], Decode], pool: object, device: torch.device) -> Recorded[Decode]:
+        repeated.append(Repeated(work))
+        return Recorded(cast(Any, repeated[-1]), repeated[-1].result)
+
+    monkeypatch.setattr(graphs, "_record", record_again)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    one, other, third = tiny.prompts(30, 9, 24)
+    steps = [
+        Step(chunks=(chunk(0, one, 0, 20), chunk(1, other, 0, 8), chunk(2, third, 0, 16))),
+        Step(chunks=(chunk(2, third, 16, 17),)),
+        Step(chunks=(chunk(0, one, 20, 21), chunk(1, other, 8, 9), chunk(2, third, 17, 18))),
+        Step(chunks=(chunk(0, one, 21, 22), chunk(2, third, 18, 19))),
+    ]
+    plain, recorded = networks(tiny, "fp8")[1], networks(tiny, "fp8", graphs=(2, 4))[1]
+    network = recorded.network
+    assert isinstance(network, CudaNetwork)
+    for pages in (*network.cache.pages, *plain.network.cache.pages):
+        pages.view(torch.uint8).zero_()
+    network.prepare(48)
+    assert [len(each.result[0]) for each in repeated] == sorted((len(each.result[0]) for each in repeated), reverse=True)
+    for step in steps:
+        wanted, found = plain.lead(step), recorded.lead(step)
+        assert wanted is not None and found is not None and found.equal(wanted)
+    for mine, theirs in zip(network.cache.pages, plain.network.cache.pages, strict=True):
+        assert mine.view(torch.uint8)[:-1].equal(theirs.view(torch.uint8)[:-1])  # all but the spare block
+    assert [each.replays for each in repeated] == [1, 2]  # largest first
+    network.forget()
+    assert recorded.lead(Step(chunks=(chunk(2, third, 19, 20),))) is not None
+    assert [each.replays for each in repeated] == [1, 2]
