@@ -44,7 +44,8 @@ class DeviceCommunicator:
         self.rank, self.world_size = control.rank, control.world_size
         self._control, self._device, self._mapping = control, device, mapping
         self._size = mapping.tp_size
-        self._distributed = distributed
+        self._distributed: Any = distributed
+        self._gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its name to 2.12
         self._listener = join(control, device, backend)
         stages = [range(first, first + self._size) for first in range(0, self.world_size, self._size)]
         groups = [distributed.new_group(list(stage)) for stage in stages]  # every rank takes part in making each
@@ -72,7 +73,7 @@ class DeviceCommunicator:
         if self._size == 1:
             return x_TV
         parts = torch.empty(self._size * len(x_TV), x_TV.shape[1], dtype=x_TV.dtype, device=self._device)
-        self._distributed.all_gather_into_tensor(parts, x_TV.contiguous(), group=self._group)
+        self._gather(parts, x_TV.contiguous(), group=self._group)
         return parts.view(self._size, *x_TV.shape).transpose(0, 1).reshape(len(x_TV), -1)
 
     def send(self, x: Tensor, rank: int) -> None:

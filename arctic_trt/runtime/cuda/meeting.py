@@ -48,7 +48,7 @@ def join(control: Communicator, device: torch.device, backend: str) -> Any:
                 device_id=device if device.type == "cuda" else None,
             )
         except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = str(error).partition("\n")[0].rstrip(".!")
             raise RefusedError(
                 f"{host} cannot join the other ranks over {backend.upper()}: {reason}.",
                 "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME names the network between hosts.",

@@ -76,23 +76,27 @@ class CudaNetwork:
         All ranks do so together. Raises :class:`RefusedError` where the device has not the memory for it.
         """
         self._recorded = record(self._graphs, self._decode, self._device)
-        chunk = Chunk(sequence=0, start=0, tokens=(0,) * most_tokens, blocks=(), logits_from=0)
-        layout = plan_layout(Step(chunks=(chunk,)), self._group, self._shape.kv_heads, self._width)
+        longest = min(most_tokens, self._max_seq_len)
+        counts = [longest] * (most_tokens // longest) + [most_tokens % longest] * bool(most_tokens % longest)
         with out_of_memory_is_refused(f"A step of {most_tokens} tokens", self._device):
-            self._run(self._idle(layout)[1], layout.wanted)
+            step = nobodys_step(counts)
+            layout = plan_layout(step, self._group, self._shape.kv_heads, self._width)
+            self._run(self._stage_nobodys(step, layout)[1], step.num_logits)
 
     def _decode(self, sequences: int) -> Callable[[], Decode]:
-        """A decode step of ``sequences``, none of which is there yet, to be recorded."""
+        """A decode step of ``sequences``, to be recorded."""
         layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
-        array, step = self._idle(layout)
+        array, step = self._stage_nobodys(nobodys_step([1] * sequences), layout)
         return lambda: (array, self._run(step, layout.wanted))
 
-    def _idle(self, layout: Layout) -> tuple[Tensor, Staged]:
-        """A step of nobody's tokens, which keeps nothing."""
-        array = torch.zeros(layout.size, dtype=torch.int32, device=self._device)
-        step, room = staged(array, layout), self.cache.room
-        step.slot_T.fill_(room.num_blocks * room.block_tokens)
-        return array, step
+    def _stage_nobodys(self, step: Step, layout: Layout) -> tuple[Tensor, Staged]:
+        """A :func:`nobodys_step` on the device, where all sequences have the spare block for each of theirs."""
+        room = self.cache.room
+        tables = {chunk.sequence: [room.num_blocks] * room.blocks_for(len(chunk.tokens)) for chunk in step.chunks}
+        host = torch.empty(layout.size, dtype=torch.int32)
+        fill(host.numpy(), layout, step, tables, room.block_tokens, room.num_blocks * room.block_tokens)
+        array = host.to(self._device)
+        return array, staged(array, layout)
 
     def forget(self) -> None:
         """Let go of what :meth:`prepare` recorded."""
@@ -214,6 +218,12 @@ class CudaNetwork:
         outputs = [NormOutput(norm, lm_head)]
         _, normed = self._ops.norm(x_TD.index_select(0, wanted_W), partial_WD, outputs, self.config.rms_norm_eps)
         return self.comm.all_gather(self._ops.project(normed, lm_head, torch.float32))[:, : self.config.vocab_size]
+
+
+def nobodys_step(counts: Sequence[int]) -> Step:
+    """A step of new sequences of ``counts`` tokens each, which are all token 0 and all want logits."""
+    chunks = (Chunk(sequence=row, start=0, tokens=(0,) * count, blocks=(), logits_from=0) for row, count in enumerate(counts))
+    return Step(chunks=tuple(chunks))
 
 
 def _there(part: Held | None) -> Held:

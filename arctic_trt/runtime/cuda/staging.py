@@ -82,7 +82,8 @@ def _splits(programs: int, width: int) -> int:
 def fill(out: Ints, layout: Layout, step: Step, tables: Mapping[int, Sequence[int]], block_tokens: int, spare_slot: int) -> None:
     """Write ``step`` into ``out`` [layout.size]; ``tables`` has the blocks of each sequence.
 
-    What the step has less than the layout is filled with chunks of no tokens, whose keys and values go to ``spare_slot``.
+    What the step has less than the layout are sequences of token 0 alone, which have the block of ``spare_slot`` in common: rows
+    of nobody, but like any other, which choose the same few experts.
     """
     views = _views(out, layout)
     count_C = np.array([len(chunk.tokens) for chunk in step.chunks], np.int32)
@@ -104,12 +105,15 @@ def fill(out: Ints, layout: Layout, step: Step, tables: Mapping[int, Sequence[in
     wanted = [np.arange(first + chunk.logits_from, first + len(chunk.tokens)) for first, chunk in ends_C]
     views["wanted"][: step.num_logits] = np.concatenate(wanted)
     views["start"][:chunks], views["count"][:chunks], views["first"][:chunks] = start_C, count_C, first_C
+    nobodys = np.arange(chunks, layout.chunks)
+    views["count"][nobodys], views["first"][nobodys] = 1, tokens + nobodys - chunks
+    block_CM[nobodys, 0] = spare_slot // block_tokens
     rows_C = -(-count_C // layout.row_tokens)
     chunk_R = np.repeat(np.arange(chunks), rows_C)
     rows = len(chunk_R)
     views["chunk"][:rows] = chunk_R
     views["offset"][:rows] = (np.arange(rows) - (rows_C.cumsum() - rows_C)[chunk_R]) * layout.row_tokens
-    views["chunk"][rows:] = np.minimum(np.arange(rows, layout.rows), layout.chunks - 1)
+    views["chunk"][rows:] = nobodys
 
 
 def staged(array: Tensor, layout: Layout) -> Staged:

@@ -1,0 +1,65 @@
+"""The GPU's network of an engine's rank on the CPU, with the operations' twins, and the steps that tests give it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arctic_trt.engine.config import read_engine_config
+from arctic_trt.runtime.blocks import KvRoom
+from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.twin import TwinOps
+from arctic_trt.runtime.kernels import CpuKernels
+from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.step import Chunk, Step
+from arctic_trt.runtime.weights import load_rank
+from arctic_trt.runtime.worker import Worker
+
+BLOCK = 8
+ROOM = KvRoom(42, block_tokens=BLOCK)
+
+
+class AsItLies(CpuKernels):
+    def hold(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = ()) -> Worker:
+    """``comm``'s rank, whose cache has its room."""
+    config, mapping, quant = read_engine_config(engine_dir).network()
+    rank = mapping.rank(comm.rank)
+    weights = load_rank(engine_dir, config, rank, quant, AsItLies())
+    cache = KvCache(
+        num_layers=len(weights.layers),
+        kv_heads=len(rank.kv_heads(config.num_key_value_heads)),
+        head_dim=config.head_dim,
+        fp8=quant.kv_fp8,
+        spare_blocks=1,
+    )
+    cpu, ops = torch.device("cpu"), TwinOps(torch.float32)
+    worker = Worker(CudaNetwork(config, rank, weights, cache, comm, ops, device=cpu, max_seq_len=112, graphs=graphs))
+    worker.reserve(ROOM)
+    return worker
+
+
+def chunk(sequence: int, tokens: list[int], start: int, end: int) -> Chunk:
+    """Blocks of sequence s are s, s + 3, s + 6, ..."""
+    assert end <= len(tokens)
+    fresh = range(-(-start // BLOCK), -(-end // BLOCK))
+    blocks = tuple(sequence + 3 * block for block in fresh)
+    return Chunk(sequence=sequence, start=start, tokens=tuple(tokens[start:end]), blocks=blocks, logits_from=0)
+
+
+def mixed_steps(prompts: list[list[int]]) -> list[Step]:
+    """Prompts alone and beside decoding, decoding alone, and a step whose sums are bf16, of 30, 9 and 100 tokens."""
+    one, other, third = prompts
+    return [
+        Step(chunks=(chunk(0, one, 0, 20), chunk(1, other, 0, 8))),
+        Step(chunks=(chunk(0, one, 20, 21), chunk(1, other, 8, 9), chunk(2, third, 0, 17))),
+        Step(chunks=(chunk(0, one, 21, 22), chunk(2, third, 17, 18)), freed=(1,)),
+        Step(chunks=(chunk(0, one, 22, 30),), freed=(2,)),
+        Step(chunks=(chunk(2, third, 0, 100),)),
+    ]
