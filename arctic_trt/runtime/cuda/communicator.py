@@ -42,8 +42,7 @@ class DeviceCommunicator:
         from torch import distributed
 
         self.rank, self.world_size = control.rank, control.world_size
-        self._control, self._device, self._mapping = control, device, mapping
-        self._size = mapping.tp_size
+        self._control, self._device, self._size = control, device, mapping.tp_size
         self._distributed: Any = distributed
         self._gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its name to 2.12
         self._listener = join(control, device, backend)
@@ -137,10 +136,10 @@ class DeviceCommunicator:
         return wrong
 
     def _neighbours(self) -> list[tuple[int, int]]:
-        """Ranks between which hidden states go, and logits at the end."""
-        ranks, mapping = range(self.world_size), self._mapping
-        stages = [(rank, rank + mapping.tp_size) for rank in ranks[: -mapping.tp_size]]
-        return [*stages, ((mapping.pp_size - 1) * mapping.tp_size, 0)] if stages else []
+        """Ranks between which hidden states go, and what comes of them back to the first stage."""
+        ranks = list(range(self.world_size))
+        stages = [(rank, rank + self._size) for rank in ranks[: -self._size]]
+        return [*stages, *zip(ranks[-self._size :], ranks, strict=False)] if stages else []
 
 
 def check_sums(asked: str) -> str:

@@ -36,7 +36,7 @@ EXACT_SUM_TOKENS = 64
 
 
 Decode = tuple[Tensor, Tensor | None]
-"""Of a recorded step: the integers that it reads, and rank 0's logits."""
+"""Of a recorded step: the integers that it reads, and its logits on the last stage."""
 
 
 class CudaNetwork:
@@ -107,8 +107,10 @@ class CudaNetwork:
         sequences = self._recorded_size(step)
         if sequences is None:
             layout = plan_layout(step, self._group, self._shape.kv_heads, self._width)
-            return self._run(staged(self._stage(step, layout).to(self._device, non_blocking=True), layout), step.num_logits)
-        return self._replay(step, sequences)
+            logits_WV = self._run(staged(self._stage(step, layout).to(self._device, non_blocking=True), layout), step.num_logits)
+        else:
+            logits_WV = self._replay(step, sequences)
+        return bring_to_rank_0(logits_WV, step.num_logits, self.rank, self.config.vocab_size, self.comm)
 
     @property
     def _group(self) -> int:
@@ -143,18 +145,16 @@ class CudaNetwork:
         return None if logits_WV is None else logits_WV[: step.num_logits]
 
     def _run(self, step: Staged, num_logits: int) -> Tensor | None:
-        """Everything between the step's integers and rank 0's logits [num_logits, V]; recorded as it is."""
+        """Everything between the step's integers and this stage's result; recorded as it is."""
         x_TD = self._embed(step.token_T) if self.rank.is_first_stage else self._receive_hidden(len(step.token_T))
         partial_TD: Tensor | None = None
         for weights, pages in zip(self.weights.layers, self.cache.pages, strict=True):
             x_TD, partial_TD = self._layer(x_TD, partial_TD, weights, pages, step)
-        logits_WV: Tensor | None = None
         if not self.rank.is_last_stage:
             sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()
             self.comm.send(sum_TD, self.rank.index + self.rank.mapping.tp_size)
-        elif num_logits:
-            logits_WV = self._logits(x_TD, partial_TD, step.wanted_W)
-        return bring_to_rank_0(logits_WV, num_logits, self.rank, self.config.vocab_size, self.comm)
+            return None
+        return self._logits(x_TD, partial_TD, step.wanted_W) if num_logits else None
 
     def _embed(self, token_T: Tensor) -> Tensor:
         """Each rank looks up the tokens of its rows and leaves zeros for the others."""
