@@ -164,3 +164,24 @@ def test_a_second_world_beside_the_first_is_refused_in_a_sentence(alone: DeviceC
     mapping = Mapping(tp_size=1, pp_size=1, moe_tp_size=1, moe_ep_size=1)
     with pytest.raises(RefusedError, match="cannot join the other ranks over GLOO: trying to initialize"):
         DeviceCommunicator(SoloCommunicator(), mapping, torch.device("cpu"), backend="gloo")
+
+
+def test_sums_that_differ_between_ranks_are_found(alone: DeviceCommunicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alone._rehearse() == []
+    alone._size = 2
+    monkeypatch.setattr(alone, "all_reduce", lambda x: x.mul_(3))
+    monkeypatch.setattr(alone, "all_gather", lambda x: x)
+    assert alone._rehearse() == []
+    monkeypatch.setattr(alone, "gather_all", lambda value: [value, value + 1])
+    assert alone._rehearse() == [1024]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "world_size", "pairs"),
+    [(4, 4, []), (1, 3, [(0, 1), (1, 2), (2, 0)]), (2, 4, [(0, 2), (1, 3), (2, 0), (3, 1)])],
+)
+def test_neighbours_are_those_that_speak_in_a_step(
+    tp_size: int, world_size: int, pairs: list[tuple[int, int]], alone: DeviceCommunicator
+) -> None:
+    alone._size, alone.world_size = tp_size, world_size
+    assert alone._neighbours() == pairs

@@ -23,6 +23,7 @@ from arctic_trt.runtime.cuda.sums import (
     describe_obstacle,
     find_missing_operation,
     plan_sum,
+    share_memory,
 )
 
 HIDDEN = 7168
@@ -161,3 +162,21 @@ def test_what_the_kernels_cannot_take_is_the_librarys() -> None:
     assert shared.plan(torch.empty(1, HIDDEN, dtype=torch.float64)) is Way.LIBRARY
     assert shared.plan(torch.empty(HIDDEN + 1)[1:]) is Way.LIBRARY
     assert shared.plan(torch.empty(3)) is Way.LIBRARY
+
+
+@pytest.mark.parametrize("address", [0, 1 << 40])
+def test_memory_is_made_and_met_over(address: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import _symmetric_memory
+
+    met: list[tuple[int, object]] = []
+
+    def meet(buffer: Tensor, group: object) -> SimpleNamespace:
+        met.append((buffer.nbytes, group))
+        return SimpleNamespace(multicast_ptr=address)
+
+    monkeypatch.setattr(_symmetric_memory, "rendezvous", meet)
+    monkeypatch.setattr(_symmetric_memory, "empty", torch.empty)
+    group = SimpleNamespace(group_name="7")
+    shared = share_memory(group, 8, torch.device("cpu"))
+    assert met == [(ROOM, group)]
+    assert shared.plan(torch.empty(64, HIDDEN)) is (Way.MULTICAST if address else Way.TWO_SHOT)

@@ -1,0 +1,62 @@
+"""What a rank with a GPU does when its cache has its room, and when it leaves."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+
+from arctic_trt.model.mapping import Mapping
+from arctic_trt.runtime.communicator import SoloCommunicator
+from arctic_trt.runtime.cuda import worker as module
+from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.worker import connect_devices
+from arctic_trt.runtime.worker import Worker
+from tests.runtime.conftest import Model
+from tests.support.cuda_networks import ROOM, twin_worker
+
+CPU = torch.device("cpu")
+
+
+def test_steps_are_recorded_once_the_cache_has_its_room(tiny: Model) -> None:
+    worker = twin_worker(tiny.engine("fp8"), SoloCommunicator())
+    seen: list[int] = []
+    again = Worker(worker.network, on_reserved=lambda: seen.append(worker.room.num_blocks))
+    again.reserve(ROOM)
+    assert seen == [ROOM.num_blocks]
+
+
+def test_the_largest_step_may_be_longer_than_a_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = twin_worker(tiny.engine("fp8"), SoloCommunicator()).network
+    assert isinstance(network, CudaNetwork)
+    ran: list[tuple[int, int]] = []
+    run = network._run
+    monkeypatch.setattr(network, "_run", lambda step, wanted: ran.append((len(step.token_T), wanted)) or run(step, wanted))
+    network.prepare(130)
+    assert ran == [(130, 130)]
+
+
+def test_graphs_are_gone_before_nccl_is(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, order, at_exit = twin_worker(tiny.engine("fp8"), SoloCommunicator()), [], []
+
+    class Devices:
+        def __init__(self, comm: object, mapping: object, device: object) -> None:
+            order.append("met")
+
+        def close(self) -> None:
+            order.append("closed")
+
+    def remember(function: Callable[..., None], *arguments: object) -> None:
+        at_exit.append(lambda: function(*arguments))
+
+    monkeypatch.setattr(module, "DeviceCommunicator", Devices)
+    monkeypatch.setattr(atexit, "register", remember)
+    monkeypatch.setattr(worker.network, "forget", lambda: order.append("forgot"))
+    connect_devices(worker, SoloCommunicator(), Mapping(tp_size=1, pp_size=1, moe_tp_size=1, moe_ep_size=1), CPU)
+    assert isinstance(cast(Any, worker.network.comm), Devices) and order == ["met"]
+    (leave,) = at_exit
+    leave()
+    assert order == ["met", "forgot", "closed"]
