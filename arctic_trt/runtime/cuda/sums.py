@@ -22,8 +22,8 @@ from torch import Tensor
 
 ROOM = 32 << 20
 """Bytes of shared memory a rank; more takes NCCL no longer, or less."""
-ONE_SHOT_BYTES = 2 << 20
-"""Of its partners' parts, what a rank reads at most in one shot: 5 us of an H100's NVLinks, as long as a second round takes."""
+ONE_SHOT_BYTES = 1 << 20
+"""Of its partners' parts, what a rank reads at most in one shot: beyond, a second round costs less (docs/cuda.md has figures)."""
 TWO_SHOT_BYTES = 8 << 20
 TWO_SHOT_RANKS = (2, 4, 8)
 ALIGNMENT = 16

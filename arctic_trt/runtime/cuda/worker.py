@@ -80,7 +80,7 @@ def connect_devices(worker: Worker, comm: Communicator, mapping: Mapping, device
 
 
 def _part(worker: Worker, devices: DeviceCommunicator) -> None:
-    """A rank that fails ends the job and comes not by here: nobody waits for somebody who is gone."""
+    """At the end of a job that has not failed: a rank that fails ends the others at once."""
     assert isinstance(worker.network, CudaNetwork)
     worker.network.forget()
     devices.close()
