@@ -29,6 +29,7 @@ SHORT_MESSAGE_INTS = 255
 SMALL_SUM = 8192  # elements; a decode step's sums, where the number of message rounds is what takes time
 WAIT_S = 0.002
 AWAKE_S = 0.002  # longer than rank 0 is busy by itself between two steps, and no longer than a sleep
+NAP_SHARE = 0.02  # ranks on GPUs wait for as long as a step takes: what they oversleep is so much of it
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +222,17 @@ def agreement(comm: Communicator) -> Iterator[None]:
 
 
 def _wait(request: Any, awake_s: float) -> None:
-    """Wait for an MPI request: for ``awake_s`` awake, letting others that want this core run, and from then on asleep."""
-    until = time.perf_counter() + awake_s
+    """Wait for an MPI request: for ``awake_s`` awake, letting others that want this core run, and from then on asleep.
+
+    Naps grow with the time that has been waited, up to :data:`WAIT_S`.
+    """
+    began = time.perf_counter()
     while not request.Test():
-        if time.perf_counter() < until:
+        waited = time.perf_counter() - began
+        if waited < awake_s:
             os.sched_yield()
         else:
-            time.sleep(WAIT_S)
+            time.sleep(min(WAIT_S, NAP_SHARE * waited))
 
 
 def _in_rank_order(parts: Numbers) -> Numbers:

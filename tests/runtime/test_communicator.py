@@ -89,17 +89,25 @@ def test_agreement_lets_success_and_surprises_pass() -> None:
         raise ZeroDivisionError
 
 
-def test_waiting_is_awake_for_a_moment_and_then_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept, yielded = [0.0], [], []
+@pytest.mark.parametrize("there_s", [0.0015, 0.005, 0.03, 1.0, 5.0])
+def test_waiting_is_awake_for_a_moment_and_then_asleep(there_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is late by more than a fiftieth of the wait, nor by more than a nap of 2 ms, and who waits for long is idle."""
+    now, naps, yielded = [0.0], [], []
+    look_s = 2e-6
 
     class Request:
         def Test(self) -> bool:  # noqa: N802 - mpi4py's name
-            now[0] += 0.0005
-            return now[0] >= 1
+            now[0] += look_s
+            return now[0] >= there_s
+
+    def sleep(seconds: float) -> None:
+        naps.append((now[0], seconds))
+        now[0] += seconds
 
     monkeypatch.setattr(communicator.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(communicator.time, "sleep", lambda seconds: (slept.append(now[0]), now.__setitem__(0, now[0] + seconds)))
+    monkeypatch.setattr(communicator.time, "sleep", sleep)
     monkeypatch.setattr(communicator.os, "sched_yield", lambda: yielded.append(now[0]))
     communicator._wait(Request(), communicator.AWAKE_S)
-    assert max(yielded) < communicator.AWAKE_S <= min(slept)
-    assert len(slept) == pytest.approx(1 / (communicator.WAIT_S + 0.0005), rel=0.05)
+    assert max(yielded) < communicator.AWAKE_S <= min((begin for begin, _ in naps), default=communicator.AWAKE_S)
+    assert now[0] - there_s <= min(communicator.WAIT_S, communicator.NAP_SHARE * there_s) + 2 * look_s
+    assert all(seconds <= communicator.WAIT_S for _, seconds in naps) and (len(naps) + 1) * 20e-6 < 0.005 + 0.02 * there_s

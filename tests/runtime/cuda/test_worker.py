@@ -9,14 +9,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from arctic_trt.engine.config import read_engine_config
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.cuda import worker as module
 from arctic_trt.runtime.cuda.network import CudaNetwork
-from arctic_trt.runtime.cuda.worker import connect_devices
+from arctic_trt.runtime.cuda.worker import connect_devices, load_cuda_worker
 from arctic_trt.runtime.worker import Worker
 from tests.runtime.conftest import Model
 from tests.support.cuda_networks import ROOM, twin_worker
+from tests.support.engines import build_engine
 
 CPU = torch.device("cpu")
 
@@ -27,6 +29,17 @@ def test_steps_are_recorded_once_the_cache_has_its_room(tiny: Model) -> None:
     again = Worker(worker.network, on_reserved=lambda: seen.append(worker.room.num_blocks))
     again.reserve(ROOM)
     assert seen == [ROOM.num_blocks]
+
+
+def test_a_loaded_rank_records_for_its_engines_limits(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = build_engine(tiny.checkpoint("fp8"), tiny.work_dir / "few", max_batch_size=12, max_num_tokens=600)
+    engine = read_engine_config(directory)
+    prepared: list[int] = []
+    monkeypatch.setattr(CudaNetwork, "prepare", lambda self, most_tokens: prepared.append(most_tokens))
+    worker = load_cuda_worker(directory, engine, engine.network()[1].rank(0), SoloCommunicator(), CPU)
+    assert not prepared
+    worker.reserve(ROOM)
+    assert prepared == [600] and cast(Any, worker.network)._graphs == [1, 2, 4, 8, 12]
 
 
 def test_the_largest_step_may_be_longer_than_a_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
