@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Ints
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.ops import FusedOps
-from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.kv_cache import CPU, KvCache
+from arctic_trt.runtime.layer import plan_shape
+from arctic_trt.runtime.native.choose import choose_kernels, make_layers
+from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.step import Chunk, Step
-from arctic_trt.runtime.weights import rank_weights
+from arctic_trt.runtime.weights import RankWeights, rank_weights
 
+FP8 = QuantFormat(fp8=True, kv_fp8=True)
 WEIGHT_CODES = 0x38
 """Magnitudes of random e4m3 codes are below this one, which is 1: what is multiplied stays finite."""
 
@@ -66,12 +71,13 @@ class Traffic:
         return self.weights + self.kv_cache
 
 
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device) -> Tensor:
-    """Weights whose products neither vanish nor overflow; scales that undo their length."""
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, generator: torch.Generator) -> Tensor:
+    """Weights whose products neither vanish nor overflow, and scales that undo their length; where ``generator`` is."""
+    device = generator.device
     if dtype == torch.float8_e4m3fn:
         codes = torch.empty(shape, dtype=torch.uint8, device=device)
         for part in codes.view(-1).split(1 << 30):
-            part.random_(0, 256)
+            part.random_(0, 256, generator=generator)
             part.bitwise_and_(0x80 | (WEIGHT_CODES - 1))
         return codes.view(dtype)
     if name.endswith("alpha"):
@@ -80,31 +86,72 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, device:
         return torch.full(shape, 0.02, device=device)
     if name.endswith("norm"):
         return torch.ones(shape, dtype=dtype, device=device)
-    return (torch.randn(shape, device=device) / math.sqrt(shape[-1])).to(dtype)
+    return (torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[-1])).to(dtype)
 
 
-def make_network(
-    config: ArcticConfig, rank: Rank, ops: FusedOps, device: torch.device, *, room: KvRoom, max_seq_len: int, graphs: list[int]
-) -> CudaNetwork:
-    """``rank`` with random weights on ``device``, and room for keys and values."""
-    quant = QuantFormat(fp8=True, kv_fp8=True)
-    specs = {spec.name: spec for spec in plan_engine_rank(config, rank, quant)}
+def random_weights(
+    config: ArcticConfig, rank: Rank, made_on: torch.device, hold: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> RankWeights:
+    """Weights of ``rank``, made by ``made_on``, always the same there, and then brought to where ``hold`` has them."""
+    specs = {spec.name: spec for spec in plan_engine_rank(config, rank, FP8)}
+    generator = torch.Generator(made_on).manual_seed(0)
 
     def take(name: str) -> Tensor:
-        return random_tensor(specs[name].shape, TORCH_DTYPE[specs[name].dtype], name, device)
+        return hold(random_tensor(specs[name].shape, TORCH_DTYPE[specs[name].dtype], name, generator))
 
-    weights = rank_weights(take, specs.keys(), config, rank, quant)
-    kv_heads = len(rank.kv_heads(config.num_key_value_heads))
-    cache = KvCache(
-        num_layers=len(weights.layers), kv_heads=kv_heads, head_dim=config.head_dim, fp8=True, device=device, spare_blocks=1
-    )
+    return rank_weights(take, specs.keys(), config, rank, FP8)
+
+
+def make_cache(config: ArcticConfig, rank: Rank, room: KvRoom, device: torch.device) -> KvCache:
+    """Room for keys and values on ``device``; what lies there is anything that is finite."""
+    layers, kv_heads = len(rank.layers(config.num_hidden_layers)), len(rank.kv_heads(config.num_key_value_heads))
+    cache = KvCache(num_layers=layers, kv_heads=kv_heads, head_dim=config.head_dim, fp8=True, device=device, spare_blocks=1)
     cache.reserve(room)
     for pages in cache.pages:
         pages.view(torch.uint8).random_(0, WEIGHT_CODES)
-    comm = LocalWork(rank.mapping.world_size)
-    network = CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
-    network.prepare(max(graphs, default=1))
-    return network
+    return cache
+
+
+def make_network(
+    config: ArcticConfig,
+    rank: Rank,
+    ops: FusedOps,
+    device: torch.device,
+    *,
+    room: KvRoom,
+    max_seq_len: int,
+    graphs: list[int],
+    weights: RankWeights | None = None,
+) -> CudaNetwork:
+    """``rank`` on ``device``, with ``weights`` that lie there or with random ones, and room for keys and values."""
+    weights = weights or random_weights(config, rank, device)
+    cache, comm = make_cache(config, rank, room, device), LocalWork(rank.mapping.world_size)
+    return CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+
+
+def make_cpu_network(config: ArcticConfig, rank: Rank, room: KvRoom) -> Network:
+    """``rank`` as the CPU engine computes it, with the random weights that the CPU makes."""
+    kernels = choose_kernels()
+    weights = random_weights(config, rank, CPU, kernels.hold)
+    layers = make_layers(kernels, weights.layers, plan_shape(config, rank))
+    cache, comm = make_cache(config, rank, room, CPU), LocalWork(rank.mapping.world_size)
+    return Network(config, rank, weights, layers, cache, comm, kernels)
+
+
+def choose_ops(device: torch.device) -> FusedOps:
+    """Kernels on a GPU, their twins elsewhere."""
+    if device.type == "cuda":
+        from arctic_trt.runtime.cuda.triton_ops import TritonOps
+
+        return TritonOps()
+    from arctic_trt.runtime.cuda.twin import TwinOps
+
+    return TwinOps()
+
+
+def same_again(step: Step) -> Step:
+    """``step`` for a cache that has assigned its blocks already."""
+    return Step(chunks=tuple(replace(chunk, blocks=()) for chunk in step.chunks))
 
 
 def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size: int) -> tuple[Step, Step]:
@@ -126,11 +173,10 @@ def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size
 
 def traffic_of(config: ArcticConfig, rank: Rank, tokens: int, sequences: int, context: int) -> Traffic:
     """What a step of ``tokens`` in all costs at least, if each token chooses its experts at random."""
-    quant = QuantFormat(fp8=True, kv_fp8=True)
     held, top_k = len(rank.experts(config.num_local_experts)), config.num_experts_per_tok
     touched = held * (1 - (1 - top_k / config.num_local_experts) ** tokens)
     read, flops = 0.0, 0.0
-    for spec in plan_engine_rank(config, rank, quant):
+    for spec in plan_engine_rank(config, rank, FP8):
         if spec.name == "embedding":
             continue
         if spec.name.endswith(("expert_fc.weight", "expert_proj.weight")):
