@@ -2,9 +2,11 @@
 
 The engines round differently. Activations of FP8 products are e4m3 on both; between products the CPU keeps float32, while a GPU
 rounds queries, weights of positions and the output head's input to bf16, and adds up in another order, so that now and then an
-activation takes the neighbouring e4m3 code. No fixed number says how much that may move the logits of some model. So the bound
-is measured on the model itself: the plain twins with everything between products rounded to bf16, as an engine that computes in
-bf16 does, are compared with the CPU engine on the same steps. On average a network may be as far away, at its worst twice.
+activation takes the neighbouring e4m3 code. Each further rounding to e4m3 makes more of a difference, whatever it was: differences of
+float32 sums, 1e-6, are some percent after two layers, so that logits tell roundings from mistakes, and nothing finer; operations are
+compared one by one elsewhere. No fixed number says how much is too much for some model, so the bound is measured on the model
+itself: the plain twins with everything between products rounded to bf16, as an engine that computes in bf16 does, are compared
+with the CPU engine on the same steps. A network may be 1.25 times as far away on average, and at its worst position twice.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.step import Chunk, Step
 
-WORST_FACTOR = 2.0
+MEAN_FACTOR, WORST_FACTOR = 1.25, 2.0
 
 
 class Forward(Protocol):
@@ -126,7 +128,7 @@ def compare(found: Tensor, wanted: Tensor) -> Apart:
 
 def within(found: Apart, bound: Apart) -> bool:
     """Whether ``found`` is no further away than rounding to bf16; false for anything that is not a number."""
-    return found.mean <= bound.mean and found.worst <= WORST_FACTOR * bound.worst
+    return found.mean <= MEAN_FACTOR * bound.mean and found.worst <= WORST_FACTOR * bound.worst
 
 
 def rows_of(found: dict[str, Tensor], wanted: dict[str, Tensor], rounded: dict[str, Tensor]) -> Sequence[tuple[str, bool, str]]:
@@ -135,7 +137,7 @@ def rows_of(found: dict[str, Tensor], wanted: dict[str, Tensor], rounded: dict[s
     for kind, logits in found.items():
         apart, bound = compare(logits, wanted[kind]), compare(rounded[kind], wanted[kind])
         figures = (
-            f"mean error {apart.mean:.4f} (at most {bound.mean:.4f}), worst position {apart.worst:.4f} "
+            f"mean error {apart.mean:.4f} (at most {MEAN_FACTOR * bound.mean:.4f}), worst position {apart.worst:.4f} "
             f"(at most {WORST_FACTOR * bound.worst:.4f}), same likeliest token {apart.same_token:.1%} of {len(logits)}, "
             f"logits' deviation {apart.spread:.2f}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from arctic_trt.checkpoint.tensors import TORCH_DTYPE
 from arctic_trt.engine.torch.format import plan_engine_rank
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
+from arctic_trt.report.arctic import RELEASED
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Ints
 from arctic_trt.runtime.cuda.network import CudaNetwork
@@ -25,10 +26,38 @@ from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import RankWeights, rank_weights
+from arctic_trt.runtime.worker import Worker
 
 FP8 = QuantFormat(fp8=True, kv_fp8=True)
+SMALL = RELEASED.model_copy(
+    update={
+        "hidden_size": 448,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 56,
+        "intermediate_size": 304,
+        "num_local_experts": 16,
+        "vocab_size": 1024,
+    }
+)
+"""What a CPU computes in seconds, by the same names and the same divisions."""
 WEIGHT_CODES = 0x38
 """Magnitudes of random e4m3 codes are below this one, which is 1: what is multiplied stays finite."""
+
+PARTS = {
+    "norms": ("norm",),
+    "attention": ("attend", "rotate_and_store"),
+    "products": ("project", "gated"),
+    "router": ("route",),
+    "experts": ("expert_gated", "expert_project"),
+    "sums": ("combine", "all_reduce", "all_gather"),
+}
+"""Parts of a step, and the operations that they are made of."""
+PART_OF = {operation: part for part, operations in PARTS.items() for operation in operations}
+PART_OF_WEIGHT = {
+    **dict.fromkeys(("qkv", "dense", "residual_fc", "residual_proj", "lm_head"), "products"),
+    **dict.fromkeys(("input_norm", "post_norm", "residual_norm", "final_norm"), "norms"),
+    "router": "router",
+}
 
 
 class LocalWork:
@@ -60,15 +89,14 @@ class LocalWork:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that a step has to read at least, and the multiplications and additions of its matrix products."""
+    """Bytes that a step has to read at least, by its parts, and the multiplications and additions of its matrix products."""
 
-    weights: int
-    kv_cache: int
+    parts: Mapping[str, int]
     flops: int
 
     @property
     def bytes(self) -> int:
-        return self.weights + self.kv_cache
+        return sum(self.parts.values())
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, generator: torch.Generator) -> Tensor:
@@ -102,16 +130,6 @@ def random_weights(
     return rank_weights(take, specs.keys(), config, rank, FP8)
 
 
-def make_cache(config: ArcticConfig, rank: Rank, room: KvRoom, device: torch.device) -> KvCache:
-    """Room for keys and values on ``device``; what lies there is anything that is finite."""
-    layers, kv_heads = len(rank.layers(config.num_hidden_layers)), len(rank.kv_heads(config.num_key_value_heads))
-    cache = KvCache(num_layers=layers, kv_heads=kv_heads, head_dim=config.head_dim, fp8=True, device=device, spare_blocks=1)
-    cache.reserve(room)
-    for pages in cache.pages:
-        pages.view(torch.uint8).random_(0, WEIGHT_CODES)
-    return cache
-
-
 def make_network(
     config: ArcticConfig,
     rank: Rank,
@@ -125,8 +143,11 @@ def make_network(
 ) -> CudaNetwork:
     """``rank`` on ``device``, with ``weights`` that lie there or with random ones, and room for keys and values."""
     weights = weights or random_weights(config, rank, device)
-    cache, comm = make_cache(config, rank, room, device), LocalWork(rank.mapping.world_size)
-    return CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+    cache, comm = _cache(config, rank, device), LocalWork(rank.mapping.world_size)
+    network = CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+    Worker(network).reserve(room)
+    _fill(cache)
+    return network
 
 
 def make_cpu_network(config: ArcticConfig, rank: Rank, room: KvRoom) -> Network:
@@ -134,8 +155,22 @@ def make_cpu_network(config: ArcticConfig, rank: Rank, room: KvRoom) -> Network:
     kernels = choose_kernels()
     weights = random_weights(config, rank, CPU, kernels.hold)
     layers = make_layers(kernels, weights.layers, plan_shape(config, rank))
-    cache, comm = make_cache(config, rank, room, CPU), LocalWork(rank.mapping.world_size)
-    return Network(config, rank, weights, layers, cache, comm, kernels)
+    cache, comm = _cache(config, rank, CPU), LocalWork(rank.mapping.world_size)
+    network = Network(config, rank, weights, layers, cache, comm, kernels)
+    Worker(network).reserve(room)
+    _fill(cache)
+    return network
+
+
+def _cache(config: ArcticConfig, rank: Rank, device: torch.device) -> KvCache:
+    layers, kv_heads = len(rank.layers(config.num_hidden_layers)), len(rank.kv_heads(config.num_key_value_heads))
+    return KvCache(num_layers=layers, kv_heads=kv_heads, head_dim=config.head_dim, fp8=True, device=device, spare_blocks=1)
+
+
+def _fill(cache: KvCache) -> None:
+    """Keys and values that nobody computed, but that are finite."""
+    for pages in cache.pages:
+        pages.view(torch.uint8).random_(0, WEIGHT_CODES)
 
 
 def choose_ops(device: torch.device) -> FusedOps:
@@ -175,19 +210,16 @@ def traffic_of(config: ArcticConfig, rank: Rank, tokens: int, sequences: int, co
     """What a step of ``tokens`` in all costs at least, if each token chooses its experts at random."""
     held, top_k = len(rank.experts(config.num_local_experts)), config.num_experts_per_tok
     touched = held * (1 - (1 - top_k / config.num_local_experts) ** tokens)
-    read, flops = 0.0, 0.0
+    read, flops = dict.fromkeys((*PARTS, "rest"), 0.0), 0.0
     for spec in plan_engine_rank(config, rank, FP8):
-        if spec.name == "embedding":
-            continue
-        if spec.name.endswith(("expert_fc.weight", "expert_proj.weight")):
-            read += spec.num_bytes * touched / held
+        _, _, name = spec.name.removesuffix(".weight").rpartition(".")
+        if name in ("expert_fc", "expert_proj"):
+            read["experts"] += spec.num_bytes * touched / held
             flops += 2 * math.prod(spec.shape[1:]) * tokens * top_k * held / config.num_local_experts
-            continue
-        read += spec.num_bytes
-        if spec.name.endswith(".weight"):
-            flops += 2 * math.prod(spec.shape) * tokens
-        elif spec.name == "lm_head":
-            flops += 2 * math.prod(spec.shape) * sequences
+        elif name != "embedding":
+            read[PART_OF_WEIGHT.get(name, "rest")] += spec.num_bytes
+            if name == "lm_head" or spec.name.endswith(".weight"):
+                flops += 2 * math.prod(spec.shape) * (sequences if name == "lm_head" else tokens)
     kv_heads = len(rank.kv_heads(config.num_key_value_heads))
-    layers = len(rank.layers(config.num_hidden_layers))
-    return Traffic(int(read), 2 * layers * kv_heads * config.head_dim * context * sequences, int(flops))
+    read["attention"] += 2 * len(rank.layers(config.num_hidden_layers)) * kv_heads * config.head_dim * context * sequences
+    return Traffic({part: int(count) for part, count in read.items() if count}, int(flops))
