@@ -1,4 +1,4 @@
-"""The checks of scripts/check_gpu. Each takes the place where it runs and gives rows: what was looked at, well or not, figures."""
+"""The checks of scripts/check_gpu. Each takes a place and gives rows: what was looked at, whether it is well, figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import kernel_check
 import logits_check
 import torch
 from device_trace import GRAPH_LAUNCH, LAUNCHES, SYNCHRONIZING, driver_calls, record
-from logits_check import Rounded, Sizes
-from rank_probe import SMALL, choose_ops, make_cpu_network, make_network, random_weights, same_again, steps_of
+from logits_check import Forward, Rounded, Sizes
+from rank_probe import SMALL, choose_ops, held_words, make_cpu_network, make_network, random_weights, same_again, steps_of
 from torch import Tensor
 
 from arctic_trt.checkpoint.mapped import MappedFile
@@ -38,7 +38,7 @@ from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import CPU, KvCache
 from arctic_trt.runtime.weights import RankWeights, load_rank
-from arctic_trt.runtime.worker import Worker, load_worker
+from arctic_trt.runtime.worker import load_worker
 
 Row = tuple[str, bool, str]
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-arctic"
@@ -119,7 +119,8 @@ class Place:
         graphs = GRAPHS if self.device.type == "cuda" else []
         parts = (config, rank, weights, cache, SoloCommunicator(), ops)
         network = CudaNetwork(*parts, device=self.device, max_seq_len=TINY_POSITIONS, graphs=graphs)
-        Worker(network).reserve(room)
+        cache.reserve(room)
+        network.prepare(1)
         return network
 
 
@@ -138,11 +139,11 @@ def rank_logits(place: Place) -> Iterator[Row]:
     config, room = place.size.config, logits_check.room_for(place.size.logits)
     ours = make_cpu_network(config, plan_mapping(config, tp_size=TP_SIZE).rank(0), room)
     theirs = [place.rank_network(ops, room, GRAPHS) for ops in (place.ops(place.device), Rounded(TwinOps()))]
-    yield from _compare(ours, *theirs, place.size.logits, room, config.vocab_size // TP_SIZE)
+    yield from _compare(ours, *theirs, place.size.logits, room, held_words(config, ours.rank))
 
 
 def _compare(
-    ours: logits_check.Forward, network: CudaNetwork, rounded: CudaNetwork, sizes: Sizes, room: KvRoom, columns: int
+    ours: Forward, network: CudaNetwork, rounded: CudaNetwork, sizes: Sizes, room: KvRoom, columns: int
 ) -> Iterator[Row]:
     plan = logits_check.plan_steps(sizes, columns, room)
     wanted, found, bound = (logits_check.logits_of(each, plan, columns) for each in (ours, network, rounded))
@@ -155,10 +156,11 @@ def kernels(place: Place) -> Iterator[Row]:
     blocks = KvRoom(0).blocks_for(size.context)
     room = KvRoom(max(max(size.decodes) * blocks, KvRoom(0).blocks_for(max(size.prefills))))
     network = place.rank_network(both, room, [])
+    both.found.clear()  # a network prepares itself with a step of nobody's tokens, whose results are anything
     plans = [(count, 1, size.context) for count in size.decodes] + [(1, count, count) for count in size.prefills]
     with torch.inference_mode():
         for sequences, tokens, end in plans:
-            step, freed = steps_of(sequences, tokens, end, room, size.config.vocab_size)
+            step, freed = steps_of(sequences, tokens, end, room, network)
             network.cache.assign(step)
             network.forward(step)
             network.cache.assign(freed)
@@ -173,7 +175,7 @@ def launches(place: Place) -> Iterator[Row]:
     context, room = place.size.context, KvRoom(4 * KvRoom(0).blocks_for(place.size.context))
     network = place.rank_network(place.ops(place.device), room, GRAPHS)
     for sequences in (1, 3):
-        step, freed = steps_of(sequences, 1, context, room, place.size.config.vocab_size)
+        step, freed = steps_of(sequences, 1, context, room, network)
         network.cache.assign(step)
         again = same_again(step)
         with torch.inference_mode():
@@ -276,7 +278,7 @@ def _as_bits(x: Tensor) -> Tensor:
 
 
 def loading(place: Place) -> Iterator[Row]:
-    """Bytes a second from a mapped file, in the page cache, to the device; beside them a copy within the host, and from pinned memory."""
+    """Bytes a second from a mapped file in the page cache to the device, beside copies within the host and from pinned memory."""
     from safetensors.torch import save_file
 
     part = min(256 << 20, place.size.load_bytes)

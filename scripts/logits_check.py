@@ -2,10 +2,10 @@
 
 The engines round differently. Activations of FP8 products are e4m3 on both; between products the CPU keeps float32, while a GPU
 rounds queries, weights of positions and the output head's input to bf16, and adds up in another order, so that now and then an
-activation takes the neighbouring e4m3 code. Each further rounding to e4m3 makes more of a difference, whatever it was: differences of
-float32 sums, 1e-6, are some percent after two layers, so that logits tell roundings from mistakes, and nothing finer; operations are
-compared one by one elsewhere. No fixed number says how much is too much for some model, so the bound is measured on the model
-itself: the plain twins with everything between products rounded to bf16, as an engine that computes in bf16 does, are compared
+activation takes the neighbouring e4m3 code. Each further rounding to e4m3 makes more of a difference, whatever it was: those of
+float32 sums, 1e-6, are some percent after two layers. So logits tell roundings from mistakes and nothing finer, and operations
+are compared one by one elsewhere. No fixed number says how much is too much for some model: the bound is measured on the model
+itself. The plain twins with everything between products rounded to bf16, as an engine that computes in bf16 does, are compared
 with the CPU engine on the same steps. A network may be 1.25 times as far away on average, and at its worst position twice.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.step import Chunk, Step
@@ -26,6 +27,9 @@ MEAN_FACTOR, WORST_FACTOR = 1.25, 2.0
 
 
 class Forward(Protocol):
+    """A rank's network."""
+
+    rank: Rank
     cache: KvCache
 
     def forward(self, step: Step) -> Tensor | None: ...

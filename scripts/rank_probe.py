@@ -26,7 +26,6 @@ from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import RankWeights, rank_weights
-from arctic_trt.runtime.worker import Worker
 
 FP8 = QuantFormat(fp8=True, kv_fp8=True)
 SMALL = RELEASED.model_copy(
@@ -144,9 +143,10 @@ def make_network(
     """``rank`` on ``device``, with ``weights`` that lie there or with random ones, and room for keys and values."""
     weights = weights or random_weights(config, rank, device)
     cache, comm = _cache(config, rank, device), LocalWork(rank.mapping.world_size)
-    network = CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
-    Worker(network).reserve(room)
+    cache.reserve(room)
     _fill(cache)
+    network = CudaNetwork(config, rank, weights, cache, comm, ops, device=device, max_seq_len=max_seq_len, graphs=graphs)
+    network.prepare(max(graphs, default=1))
     return network
 
 
@@ -156,10 +156,9 @@ def make_cpu_network(config: ArcticConfig, rank: Rank, room: KvRoom) -> Network:
     weights = random_weights(config, rank, CPU, kernels.hold)
     layers = make_layers(kernels, weights.layers, plan_shape(config, rank))
     cache, comm = _cache(config, rank, CPU), LocalWork(rank.mapping.world_size)
-    network = Network(config, rank, weights, layers, cache, comm, kernels)
-    Worker(network).reserve(room)
+    cache.reserve(room)
     _fill(cache)
-    return network
+    return Network(config, rank, weights, layers, cache, comm, kernels)
 
 
 def _cache(config: ArcticConfig, rank: Rank, device: torch.device) -> KvCache:
@@ -189,10 +188,13 @@ def same_again(step: Step) -> Step:
     return Step(chunks=tuple(replace(chunk, blocks=()) for chunk in step.chunks))
 
 
-def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size: int) -> tuple[Step, Step]:
-    """A step of ``tokens`` of each of ``sequences``, up to position ``context``, and the step that gives their blocks back."""
-    each = room.blocks_for(context)
-    ids = torch.randint(0, vocab_size, (sequences, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, network: CudaNetwork) -> tuple[Step, Step]:
+    """A step of ``tokens`` of each of ``sequences``, up to position ``context``, and the step that gives their blocks back.
+
+    Tokens are of those whose embedding ``network`` has: others are zeros without its partners, for which all experts are equal.
+    """
+    each, words = room.blocks_for(context), held_words(network.config, network.rank)
+    ids = torch.randint(0, words, (sequences, tokens), generator=torch.Generator().manual_seed(0)).tolist()
     chunks = tuple(
         Chunk(
             sequence=sequence,
@@ -204,6 +206,11 @@ def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, vocab_size
         for sequence in range(sequences)
     )
     return Step(chunks=chunks), Step(freed=tuple(range(sequences)))
+
+
+def held_words(config: ArcticConfig, rank: Rank) -> int:
+    """Words, from 0 on, that rank 0 embeds and has logits of."""
+    return config.vocab_size // rank.mapping.tp_size
 
 
 def traffic_of(config: ArcticConfig, rank: Rank, tokens: int, sequences: int, context: int) -> Traffic:

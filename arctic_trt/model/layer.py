@@ -73,11 +73,14 @@ class DenseWeights:
 
 
 def on_device(weights: Weights, device: str) -> Weights:
-    """The same weights, a dataclass of tensors, in the memory of ``device``; nothing is copied that is there already."""
+    """The same weights, a dataclass of tensors, in the memory of ``device``; nothing is copied that is there already.
+
+    What goes to a GPU may still be under way, ahead of all that the GPU is asked for later. What goes to the host is there.
+    """
     moved: dict[str, Any] = {}
     for name in (item.name for item in fields(weights)):  # type: ignore[arg-type]
         value = getattr(weights, name)
-        moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else on_device(value, device)
+        moved[name] = value.to(device, non_blocking=device != "cpu") if isinstance(value, Tensor) else on_device(value, device)
     return type(weights)(**moved)
 
 

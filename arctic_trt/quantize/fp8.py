@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS = 1 << 18, 1 << 24
+"""What a core's cache holds in float32; what is worth a GPU's launches."""
 
 
 def amax(x: Tensor) -> Tensor:
@@ -28,12 +29,14 @@ def scale_from_amax(value: Tensor) -> Tensor:
 def cast_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """E4m3fn codes of ``x / scale`` (float32 scalar ``scale``), saturating at +-448.
 
-    Works in chunks that fit a core's cache; ``x`` is never held in float32 as a whole.
+    Works in chunks; a large ``x`` is never held in float32 as a whole. The divisor is a tensor beside ``x``: by a Python number,
+    or by a tensor of the CPU, CUDA does not divide but multiplies by the rounded reciprocal.
     """
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     source, target, divisor = x.reshape(-1), out.view(-1), scale.reshape(1).to(x.device)
-    for begin in range(0, source.numel(), CHUNK_ELEMENTS):
-        part = slice(begin, begin + CHUNK_ELEMENTS)
+    chunk = CHUNK_ELEMENTS if x.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    for begin in range(0, source.numel(), chunk):
+        part = slice(begin, begin + chunk)
         target[part].copy_(source[part].float().div(divisor).clamp_(-E4M3_MAX, E4M3_MAX))
     return out
 

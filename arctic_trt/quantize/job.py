@@ -15,6 +15,7 @@ from arctic_trt.checkpoint.writer import RankFiles
 from arctic_trt.model.names import EMBEDDING, FINAL_NORM, LM_HEAD
 from arctic_trt.quantize.calibrate import Calibration
 from arctic_trt.quantize.data import plan_batches
+from arctic_trt.quantize.device import take_device
 from arctic_trt.quantize.layer_pass import LayerPass, LayerSummary
 from arctic_trt.quantize.meter import Meter
 from arctic_trt.quantize.plan import QuantizePlan
@@ -27,14 +28,14 @@ OnLayer = Callable[[LayerSummary, Meter], None]
 logger = logging.getLogger(__name__)
 
 
-def _ask_modelopt(plan: QuantizePlan, team: Team) -> GivenAmax:
+def _ask_modelopt(plan: QuantizePlan, team: Team, device: str) -> GivenAmax:
     """Maxima of NVIDIA's whole-model calibration, found by process 0."""
     given = None
     if team.rank == 0:
         from arctic_trt.quantize import modelopt
 
         batches = plan_batches(plan.samples, plan.recipe.batch_size)
-        given = modelopt.calibrate(plan.source, batches, plan.recipe.calib_algorithm, plan.recipe.device)
+        given = modelopt.calibrate(plan.source, batches, plan.recipe.calib_algorithm, device)
     return team.broadcast(given)  # type: ignore[return-value]
 
 
@@ -57,10 +58,11 @@ class QuantizeJob:
         self._syncing = ThreadPoolExecutor(1, "sync")
         self._committing: tuple[LayerSummary, dict[str, Any], Future[None]] | None = None
         self._digests: list[dict[str, dict[str, str]]] = [record["digests"] for record in self.records]
+        self.device = take_device(plan.recipe.device, team.rank)
         batches = plan_batches(plan.samples, plan.recipe.batch_size)
         streaming = bool(batches) and plan.recipe.calibrator == "streaming"
-        self.calibration = Calibration(batches, self.config, self._new_rows, team, plan.recipe.device) if streaming else None
-        self.given = None if streaming or not batches else _ask_modelopt(plan, team)
+        self.calibration = Calibration(batches, self.config, self._new_rows, team, self.device) if streaming else None
+        self.given = None if streaming or not batches else _ask_modelopt(plan, team, self.device)
 
     def run(self) -> dict[str, Any]:
         """All layers that are left, then what follows the last; returns the report."""
@@ -70,7 +72,7 @@ class QuantizeJob:
         self._begin()
         todo = range(len(summaries), self.config.num_hidden_layers)
         experts = self.team.share(self.config.num_local_experts)
-        with WeightStream(self.plan.source, todo, experts, self.plan.memory.depth, self.plan.recipe.device) as stream:
+        with WeightStream(self.plan.source, todo, experts, self.plan.memory.depth, self.device) as stream:
             layers = LayerPass(
                 self.files, self.plan.quant, self.calibration, stream, self.pool, self.team, self.meter.at, self.given
             )

@@ -11,6 +11,7 @@ from arctic_trt.checkpoint.digests import DIGESTS, file_crc
 from arctic_trt.checkpoint.output_dir import OutputDir, check_space
 from arctic_trt.errors import RefusedError
 from arctic_trt.model import tokenizer
+from arctic_trt.quantize.device import full_device_refused
 from arctic_trt.quantize.job import OnLayer, QuantizeJob
 from arctic_trt.quantize.meter import Meter
 from arctic_trt.quantize.plan import QuantizePlan
@@ -70,7 +71,8 @@ def run_quantization(
         job = QuantizeJob(plan, out, team, on_layer, resuming=team.broadcast(out.resuming))
         stack.callback(job.close)
         on_start(job.meter)
-        report = job.run()
+        with full_device_refused(recipe.device):
+            report = job.run()
         if team.rank == 0:
             side_files = [name for name in tokenizer.FILES if (recipe.model_dir / name).is_file()]
             for name in side_files:

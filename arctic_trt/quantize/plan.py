@@ -6,15 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from arctic_trt.checkpoint.contract import QuantFormat, plan_files, plan_format
 from arctic_trt.checkpoint.hf import HfCheckpoint
 from arctic_trt.checkpoint.layout import FileLayout
-from arctic_trt.errors import RefusedError
 from arctic_trt.machine import available_cores
 from arctic_trt.model.mapping import Mapping, plan_mapping
 from arctic_trt.quantize.data import find_dataset, read_samples
+from arctic_trt.quantize.device import check_device
 from arctic_trt.quantize.fingerprint import fingerprint
 from arctic_trt.quantize.memory import MemoryPlan, default_budget, parse_size, plan_memory
 from arctic_trt.recipes import QuantizeRecipe
@@ -78,12 +76,6 @@ def plan_quantization(recipe: QuantizeRecipe, local_processes: int = 1) -> Quant
     layouts = plan_files(source.config, mapping, quant)
     print_ = fingerprint(recipe, source, mapping, samples)
     return QuantizePlan(recipe, source, mapping, quant, samples, layouts, memory, memory.workers, print_)
-
-
-def check_device(device: str) -> None:
-    """Refuse ``cuda`` where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RefusedError("--device cuda: this machine has no CUDA device that torch can use.", "Leave --device out.")
 
 
 def _read_samples(recipe: QuantizeRecipe, source: HfCheckpoint) -> list[list[int]]:

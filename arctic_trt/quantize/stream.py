@@ -112,7 +112,8 @@ class WeightStream(Generic[Dense, Expert]):
             step = next((step for step in self._steps if (step.expert is None) is dense), None)
             for _ in range(count if step else 0):
                 assert step is not None
-                self._free[dense].put(torch.empty(self._source.buffer_bytes(step.layer, step.expert), dtype=torch.uint8))
+                size = self._source.buffer_bytes(step.layer, step.expert)
+                self._free[dense].put(torch.empty(size, dtype=torch.uint8, pin_memory=self._device != "cpu"))
         self._thread.start()
         return self
 
