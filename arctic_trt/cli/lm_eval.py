@@ -53,15 +53,17 @@ def command(arguments: tuple[str, ...]) -> None:
     asked = _parse(program, arguments, leader=leader)
     if asked is None:
         return
-    engine_dir = _engine_dir(asked)
-    if engine_dir is not None:
+    opened = _opened(asked)
+    if opened is not None:
+        from arctic_trt.runtime.device import plan_harness_device
         from arctic_trt.runtime.open_engine import check_engine, open_engine
 
+        engine_dir, device = opened[0], plan_harness_device(opened[1])
         check_engine(engine_dir)  # on all ranks, before the first one takes its time over data sets
     if leader:
         _lead(program, asked)
-    elif engine_dir is not None:
-        open_engine(engine_dir).follow()
+    elif opened is not None:
+        open_engine(engine_dir, device=device).follow()
 
 
 def _harness(*, leader: bool) -> Any:
@@ -95,8 +97,8 @@ def _parse(program: Any, arguments: tuple[str, ...], *, leader: bool) -> Namespa
         sys.argv = before
 
 
-def _engine_dir(asked: Namespace) -> Path | None:
-    """The engine that the harness is going to open, None if it opens none of ours."""
+def _opened(asked: Namespace) -> tuple[Path, str | None] | None:
+    """The engine that the harness is going to open, and the device that it names; None if it opens none of ours."""
     if asked.command != "run":
         return None
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -110,7 +112,7 @@ def _engine_dir(asked: Namespace) -> Path | None:
         return None
     if "engine_dir" not in config.model_args:
         raise UsageError(f"--model {MODEL} needs an engine.", "Give --model_args engine_dir=DIRECTORY.")
-    return Path(str(config.model_args["engine_dir"]))
+    return Path(str(config.model_args["engine_dir"])), config.model_args.get("device", config.device)
 
 
 def _lead(program: Any, asked: Namespace) -> None:

@@ -19,6 +19,7 @@ from arctic_trt.report.obstacles import (
     NO,
     TINY_ONLY,
     Obstacle,
+    cuda_obstacles,
     disk_obstacles,
     fit_here,
     fp8_obstacles,
@@ -129,6 +130,14 @@ def _run_torch(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
         yield Obstacle(TINY_ONLY, why, f"Run full Arctic on a machine with {gb(need)} of free memory.")
 
 
+def _run_cuda(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
+    yield from library_obstacles(facts)
+    yield from cuda_obstacles(facts)
+    yield from mpi_obstacles(facts)
+    yield from shared_memory_obstacles(facts)
+    yield from gpu_memory_obstacles(facts, full)
+
+
 def _run_tensorrt_llm(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
     yield from gpu_obstacles(facts)
     yield from package_obstacles(facts)
@@ -143,7 +152,7 @@ def _run_tensorrt_llm(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
 
 def _serve(facts: Facts, full: Forecast) -> Iterator[Obstacle]:
     yield from tritonserver_obstacles(facts)
-    engines = [worst(rule(facts, full)) for rule in (_run_tensorrt_llm, _run_torch)]
+    engines = [worst(rule(facts, full)) for rule in (_run_tensorrt_llm, _run_cuda, _run_torch)]
     in_the_way = [obstacle for obstacle in engines if obstacle]
     if len(in_the_way) == len(engines):
         lesser = min(in_the_way, key=lambda obstacle: obstacle.verdict == NO)
@@ -176,7 +185,7 @@ def _trt_building(facts: Facts, full: Forecast) -> str:
     return f"full Arctic, {side_by_side} of {ranks} ranks at a time, {gb(each)} of host memory each"
 
 
-def _trt_running(facts: Facts, full: Forecast) -> str:
+def _running_on_gpus(facts: Facts, full: Forecast) -> str:
     sizes, asked = _mapping_here(facts, full), full.job.mapping
     stages = f" --pp_size {sizes.pp_size}" if sizes.pp_size > 1 else ""
     how = "" if sizes == asked else f", quantized with --tp_size {sizes.tp_size}{stages}"
@@ -188,6 +197,7 @@ STEPS: Mapping[str, Step] = {
     "build torch": Step(_build_torch, lambda facts, full: f"full Arctic, {gb(full.output_bytes)} on disk"),
     "build tensorrt_llm": Step(_build_tensorrt_llm, _trt_building),
     "run torch": Step(_run_torch, lambda facts, full: f"full Arctic on the CPUs, {gb(_torch_memory(full))} of memory"),
-    "run tensorrt_llm": Step(_run_tensorrt_llm, _trt_running),
+    "run torch on CUDA": Step(_run_cuda, _running_on_gpus),
+    "run tensorrt_llm": Step(_run_tensorrt_llm, _running_on_gpus),
     "serve": Step(_serve, lambda facts, full: "full Arctic"),
 }

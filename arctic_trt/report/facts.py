@@ -39,6 +39,7 @@ PACKAGES = (
     "nvidia-modelopt",
     "tensorrt_llm",
     "tensorrt",
+    "triton",
     "numpy",
     "tritonclient",
     "fastapi",
@@ -155,12 +156,17 @@ def gather(directory: Path) -> Facts:
         driver_cuda=driver_cuda,
         links=links,
         fabric=fabric,
-        packages={name: package_version(name) for name in PACKAGES},
+        packages={name: _version(name) for name in PACKAGES},
         torch_cuda=find_torch_cuda(),
         c_compiler=find_compiler(os.environ),
         tritonserver=str(find_tritonserver() or "") or None,
         mpi=mpi,
     )
+
+
+def _version(name: str) -> str | None:
+    """Of a package; Triton also comes under torch's name for it."""
+    return package_version(name) or (package_version(f"pytorch-{name}") if name == "triton" else None)
 
 
 def find_system() -> str:

@@ -70,7 +70,7 @@ def disk_obstacles(facts: Facts, needed_bytes: int) -> Iterator[Obstacle]:
 def gpu_obstacles(facts: Facts) -> Iterator[Obstacle]:
     """What keeps any TensorRT-LLM engine from these GPUs."""
     if not facts.gpus:
-        yield _no_gpus(facts)
+        yield _no_gpus(facts, "Build with --backend torch")
         return
     kinds, least = sorted({gpu.name for gpu in facts.gpus}), min(gpu.sm for gpu in facts.gpus)
     if len(kinds) > 1:
@@ -79,19 +79,49 @@ def gpu_obstacles(facts: Facts) -> Iterator[Obstacle]:
     if least < OLDEST_SM:
         why = f"{facts.gpus[0].name} is SM {least}, TensorRT-LLM needs SM {OLDEST_SM}"
         yield Obstacle(NO, why, "Use H100, H200 or B200 GPUs.")
+    yield from _fabric_obstacles(facts)
+
+
+def cuda_obstacles(facts: Facts) -> Iterator[Obstacle]:
+    """What keeps the torch backend from these GPUs."""
+    if not facts.gpus:
+        yield _no_gpus(facts, "Run with --device cpu")
+        return
+    weakest = min(facts.gpus, key=lambda gpu: gpu.sm)
+    if weakest.sm < FP8_SM:
+        why = f"{weakest.name} is SM {weakest.sm}, FP8 needs SM {FP8_SM}"
+        yield Obstacle(NO, why, "Run with --device cpu, or use GPUs such as H100 or H200.")
+    yield from _fabric_obstacles(facts)
+    yield from torch_obstacles(facts)
+    if facts.torch_cuda is None:
+        why = f"torch {facts.packages['torch']} has no CUDA"
+        yield Obstacle(NO, why, "Install a build of torch for CUDA: https://pytorch.org/get-started/locally")
+    yield from _driver_obstacles(facts, "torch is")
+    if facts.packages["triton"] is None:
+        yield Obstacle(NO, "triton, which compiles the kernels, is not installed", "pip install triton")
+
+
+def _fabric_obstacles(facts: Facts) -> Iterator[Obstacle]:
     if facts.fabric is not None and facts.fabric != "Completed" and len(facts.gpus) > 1:
         why = f"the NVLink fabric is not up ({facts.fabric}), CUDA cannot start"
         yield Obstacle(NO, why, "Start it on the host: systemctl start nvidia-fabricmanager")
 
 
-def _no_gpus(facts: Facts) -> Obstacle:
+def _driver_obstacles(facts: Facts, who: str) -> Iterator[Obstacle]:
+    """A driver too old for what ``who`` have been built for."""
+    if facts.torch_cuda and facts.driver_cuda and int(facts.torch_cuda.split(".")[0]) > int(facts.driver_cuda.split(".")[0]):
+        why = f"the driver supports CUDA {facts.driver_cuda}, {who} for {facts.torch_cuda}"
+        yield Obstacle(NO, why, f"Update the NVIDIA driver to one for CUDA {facts.torch_cuda}.")
+
+
+def _no_gpus(facts: Facts, instead: str) -> Obstacle:
     if facts.nvidia_smi and facts.cuda_visible_devices is not None:
         why = f"CUDA_VISIBLE_DEVICES={facts.cuda_visible_devices!r} leaves no GPU"
         return Obstacle(NO, why, "unset CUDA_VISIBLE_DEVICES")
     if facts.nvidia_smi:
         return Obstacle(NO, "nvidia-smi shows no GPU", "Run nvidia-smi, and repair what it reports.")
     where = "here, or start this container with --gpus all" if facts.container else "here"
-    return Obstacle(NO, "no NVIDIA GPU", f"Build with --backend torch {where}.")
+    return Obstacle(NO, "no NVIDIA GPU", f"{instead} {where}.")
 
 
 def package_obstacles(facts: Facts) -> Iterator[Obstacle]:
@@ -110,9 +140,7 @@ def package_obstacles(facts: Facts) -> Iterator[Obstacle]:
     if facts.torch_cuda is None:
         why = f"torch {facts.packages['torch'] or '(absent)'} has no CUDA, which TensorRT-LLM needs"
         yield Obstacle(NO, why, f"{install} (it brings the right torch)")
-    elif facts.driver_cuda and int(facts.torch_cuda.split(".")[0]) > int(facts.driver_cuda.split(".")[0]):
-        why = f"the driver supports CUDA {facts.driver_cuda}, torch and TensorRT-LLM are for {facts.torch_cuda}"
-        yield Obstacle(NO, why, f"Update the NVIDIA driver to one for CUDA {facts.torch_cuda}.")
+    yield from _driver_obstacles(facts, "torch and TensorRT-LLM are")
 
 
 def _unsupported(version: str) -> str | None:

@@ -14,6 +14,8 @@ from arctic_trt.errors import RefusedError, UsageError
 logger = logging.getLogger(__name__)
 
 AUTO, CPU, CUDA = CHOICES = ("auto", "cpu", "cuda")
+HARNESS_DEFAULT = "cuda:0"
+"""What lm-evaluation-harness says for --device when nobody has said anything."""
 CAPABILITY = (8, 9)
 """The first that multiplies e4m3: Ada; Hopper is (9, 0)."""
 
@@ -69,6 +71,20 @@ def what_is_missing(sights: Sequence[Sight]) -> str | None:
             gpus = len({gpu for each in neighbours for gpu in each.gpus})
             return f"{len(neighbours)} ranks on {sight.host} need a GPU each, they see {gpus}"
     return None
+
+
+def plan_harness_device(asked: str | None) -> str:
+    """The choice that lm-evaluation-harness's ``--device`` means; its own default leaves it open.
+
+    Raises :class:`UsageError` for a device that an engine does not run on by that name.
+    """
+    if asked in (None, HARNESS_DEFAULT):
+        return AUTO
+    if asked not in CHOICES:
+        raise UsageError(
+            f"--device {asked} is none of {', '.join(CHOICES)}.", "Choose GPUs with CUDA_VISIBLE_DEVICES: each rank takes one."
+        )
+    return str(asked)
 
 
 def look_around(asked: str) -> Sight:

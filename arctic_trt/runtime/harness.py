@@ -25,6 +25,7 @@ from tqdm import tqdm
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
+from arctic_trt.runtime.device import plan_harness_device
 from arctic_trt.runtime.open_engine import check_engine, open_engine
 from arctic_trt.runtime.requests import Request, check_vocabulary, find_end_ids
 from arctic_trt.runtime.sampler import Sampling, plan_sampling
@@ -94,7 +95,7 @@ class ArcticTrtLM(TemplateLM):  # type: ignore[misc]
         limits = check_engine(Path(str(engine_dir))).build_config
         self._max_length = _within(max_length, limits.max_seq_len)
         self._window = min(self._max_length, limits.max_input_len)
-        self._engine = open_engine(Path(str(engine_dir)))
+        self._engine = open_engine(Path(str(engine_dir)), device=plan_harness_device(device))
         self.engines.callback(self._engine.close)
 
     @property

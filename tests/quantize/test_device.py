@@ -71,7 +71,7 @@ def test_away_from_the_host_divisors_are_tensors_there(work: Callable[[Tensor], 
 
 @pytest.fixture
 def cuda_divides(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Division as CUDA does it, on every thread: by a number, or by what might be a tensor of the host, it is a multiplication."""
+    """Division as CUDA does it, on every thread: by a number, or by what may be a tensor of the host, it is a multiplication."""
     true_division = torch.Tensor.div
 
     def divide(self: Tensor, other: Any, **options: Any) -> Tensor:

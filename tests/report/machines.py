@@ -10,7 +10,7 @@ from arctic_trt.report.facts import Disk, Facts, Limits, Mpi
 
 GB, MIB, TB = 10**9, 1 << 20, 10**12
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
-TRTLLM = {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48", "torch": "2.9.1"}
+TRTLLM = {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48", "torch": "2.9.1", "triton": "3.5.1"}
 
 
 def gpus(count: int, name: str, capability: tuple[int, int], mebibytes: int, *, used: int = 600) -> tuple[Gpu, ...]:
@@ -59,6 +59,7 @@ LAPTOP = Facts(
         "nvidia-modelopt": None,
         "tensorrt_llm": None,
         "tensorrt": None,
+        "triton": None,
         "numpy": "1.26.4",
         "tritonclient": "2.63.0",
         "fastapi": "0.121.0",

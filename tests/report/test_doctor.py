@@ -36,7 +36,7 @@ from tests.report.machines import (
 )
 
 QUANTIZE, BUILD_TORCH, BUILD_TRT = "quantize", "build torch", "build tensorrt_llm"
-RUN_TORCH, RUN_TRT, SERVE = "run torch", "run tensorrt_llm", "serve"
+RUN_TORCH, RUN_CUDA, RUN_TRT, SERVE = "run torch", "run torch on CUDA", "run tensorrt_llm", "serve"
 INSTALL = "pip install tensorrt-llm==1.2.1"
 
 
@@ -60,6 +60,7 @@ def test_a_node_of_eight_h100_does_everything() -> None:
         "full Arctic, 8 of 8 ranks at a time, 180 GB of host memory each",
         "full Arctic on the CPUs, 483 GB of memory",
         f"full Arctic on 8 x {H100}",
+        f"full Arctic on 8 x {H100}",
         "full Arctic",
     ]
     assert advise(facts) == []
@@ -78,6 +79,7 @@ def test_a_laptop_does_the_tiny_model_on_torch() -> None:
         BUILD_TORCH: TINY_ONLY,
         BUILD_TRT: NO,
         RUN_TORCH: TINY_ONLY,
+        RUN_CUDA: NO,
         RUN_TRT: NO,
         SERVE: NO,
     }
@@ -88,6 +90,7 @@ def test_a_laptop_does_the_tiny_model_on_torch() -> None:
     assert found[RUN_TORCH].why == "full Arctic takes 483 GB of memory (it runs on the CPUs), 12 GB are free"
     assert found[BUILD_TRT].why == "no NVIDIA GPU"
     assert found[BUILD_TRT].next_step == "Build with --backend torch here."
+    assert (found[RUN_CUDA].why, found[RUN_CUDA].next_step) == ("no NVIDIA GPU", "Run with --device cpu here.")
 
 
 def test_a_laptop_with_a_large_disk_quantizes_the_full_arctic() -> None:
@@ -135,6 +138,53 @@ def test_quantizing_takes_a_share_of_the_memory() -> None:
 def test_quantizing_takes_memory_for_each_core_that_it_may_use() -> None:
     few = forecast_here(change(H100_NODE, cores=8)).memory.peak_bytes
     assert few < forecast_here(H200_QUARTET).memory.peak_bytes < forecast_here(H100_NODE).memory.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "why", "next_step"),
+    [
+        ({"packages": {"triton": None}}, NO, "triton, which compiles the kernels, is not installed", "pip install triton"),
+        (
+            {"torch_cuda": None, "packages": {"torch": "2.11.0+cpu"}},
+            NO,
+            "torch 2.11.0+cpu has no CUDA",
+            "Install a build of torch for CUDA: https://pytorch.org/get-started/locally",
+        ),
+        (
+            {"torch_cuda": "13.0", "driver_cuda": "12.8"},
+            NO,
+            "the driver supports CUDA 12.8, torch is for 13.0",
+            "Update the NVIDIA driver to one for CUDA 13.0.",
+        ),
+        (
+            {"fabric": "In Progress"},
+            NO,
+            "the NVLink fabric is not up (In Progress), CUDA cannot start",
+            "Start it on the host: systemctl start nvidia-fabricmanager",
+        ),
+        (
+            {"gpus": gpus(8, A100, (8, 0), 81920)},
+            NO,
+            f"{A100} is SM 80, FP8 needs SM 89",
+            "Run with --device cpu, or use GPUs such as H100 or H200.",
+        ),
+        (
+            {"gpus": gpus(2, H200, (9, 0), 143771)},
+            TINY_ONLY,
+            "full Arctic takes 244 GB a GPU, 2 x NVIDIA H200 have 151 GB",
+            "Use 8 x H100 80GB, 4 x H200 141GB or 4 x B200 180GB.",
+        ),
+    ],
+)
+def test_what_the_torch_backend_wants_of_gpus(changes: dict[str, object], verdict: str, why: str, next_step: str) -> None:
+    facts = change(H100_NODE, **changes)
+    one(facts, RUN_CUDA, verdict, why, next_step)
+    assert verdicts(facts)[RUN_TORCH].verdict == "works", "on the CPUs"
+
+
+def test_gpus_of_two_kinds_run_torch_but_no_tensorrt_engine() -> None:
+    facts = change(H100_NODE, gpus=(*gpus(4, H100, (9, 0), 81559), *gpus(4, H200, (9, 0), 143771)))
+    assert (verdicts(facts)[RUN_CUDA].verdict, verdicts(facts)[RUN_TRT].verdict) == ("works", NO)
 
 
 def test_building_takes_host_memory_too() -> None:

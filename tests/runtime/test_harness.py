@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
 from lm_eval.api.model import CachingLM  # type: ignore[import-not-found]
 from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
-from arctic_trt.errors import UsageError
+from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime.harness import ArcticTrtLM, plan_continuation, plan_generation
 from arctic_trt.runtime.runner import RunOptions, run
 from arctic_trt.runtime.sampler import Sampling
@@ -270,11 +270,34 @@ def test_model_arguments_that_do_not_fit(tiny: Model, arguments: dict[str, Any],
 
 def test_a_batch_size_is_the_engine_s_business(tiny: Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "arctic_trt"):
-        open_model(tiny, batch_size=1, device="cuda:0")
+        open_model(tiny, batch_size=1)
         open_model(tiny, batch_size="auto")
         assert not caplog.text
         open_model(tiny, batch_size=16)
     assert "--batch_size: without effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "opened"), [(None, "auto"), ("cuda:0", "auto"), ("auto", "auto"), ("cpu", "cpu"), ("cuda", "cuda")]
+)
+def test_the_device_is_the_engine_s(asked: str | None, opened: str, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness itself says ``cuda:0`` when nobody has said anything."""
+    devices = []
+
+    def refuse(engine_dir: Path, *, device: str) -> None:
+        devices.append(device)
+        raise RefusedError("far enough.")
+
+    monkeypatch.setattr("arctic_trt.runtime.harness.open_engine", refuse)
+    with pytest.raises(RefusedError, match="far enough"):
+        open_model(tiny, device=asked)
+    assert devices == [opened]
+
+
+@pytest.mark.parametrize("asked", ["mps", "cuda:1", "0"])
+def test_a_device_that_ranks_do_not_take(asked: str, tiny: Model) -> None:
+    with pytest.raises(UsageError, match=f"--device {asked} is none of auto, cpu, cuda"):
+        open_model(tiny, device=asked)
 
 
 def test_the_tokenizer_s_name_depends_on_the_template(tiny: Model) -> None:
