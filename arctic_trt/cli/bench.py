@@ -119,7 +119,6 @@ def batch(
     from arctic_trt.report.bench.plan import plan_batches
     from arctic_trt.report.bench.plot import draw_batches
     from arctic_trt.report.bench.run import plan_batch_rounds, run_batches, warm_up
-    from arctic_trt.report.bench.session import measure_memory
     from arctic_trt.report.bench.table import BATCH_HEADER, batch_csv, batch_memory_table, batch_table
 
     cases = plan_batches(num_queries, session.lengths)
@@ -128,7 +127,7 @@ def batch(
         if place is None:
             return
         warm_up(place.target, session.warmup)
-        memory = measure_memory(place.engine) if place.engine else None
+        memory = place.measure_memory()
         result = run_batches(place.target, rounds, memory, _watch(output))
         _write(csv_file, batch_csv(result.rows, session.framework, place.tensor_parallel))
         if plot:
@@ -158,7 +157,6 @@ def online(
     from arctic_trt.report.bench.plan import plan_rates
     from arctic_trt.report.bench.plot import draw_online
     from arctic_trt.report.bench.run import plan_online_rounds, run_online, warm_up
-    from arctic_trt.report.bench.session import measure_memory
     from arctic_trt.report.bench.table import ONLINE_HEADER, online_csv, online_memory_table, online_table
 
     cases = plan_rates(queries_per_second, session.lengths, num_requests)
@@ -170,7 +168,7 @@ def online(
         if place is None:
             return
         warm_up(place.target, session.warmup)
-        memory = measure_memory(place.engine) if place.engine else None
+        memory = place.measure_memory()
         result = run_online(place.target, rounds, memory, _watch(output))
         _write(csv_file, online_csv(result.rows, session.framework))
         if plot:

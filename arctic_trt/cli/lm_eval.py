@@ -112,7 +112,7 @@ def _opened(asked: Namespace) -> tuple[Path, str | None] | None:
         return None
     if "engine_dir" not in config.model_args:
         raise UsageError(f"--model {MODEL} needs an engine.", "Give --model_args engine_dir=DIRECTORY.")
-    return Path(str(config.model_args["engine_dir"])), config.model_args.get("device", config.device)
+    return Path(str(config.model_args["engine_dir"])), config.device
 
 
 def _lead(program: Any, asked: Namespace) -> None:

@@ -15,9 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arctic_trt.errors import RefusedError
 from arctic_trt.machine import available_cores, last_level_cache
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_BYTES = 4 << 20
 FIRST_SYNC_BYTES = 32 << 20
@@ -30,6 +34,7 @@ LEAST_STREAM_BYTES = 512 << 20
 CACHES = 4
 """What is read to measure memory is so many times larger than the last-level cache."""
 LEAST_PASSES = 3
+GPU_STREAM_BYTES, GPU_PASSES = 1 << 30, 9
 WRITE_SHARE, READ_SHARE, CAST_SHARE = 0.4, 0.3, 0.5
 """Of the time that is left when each begins; the matrix products take the rest."""
 
@@ -103,6 +108,28 @@ def measure_read_bandwidth(*, seconds: float = 0.9, threads: int | None = None) 
     finally:
         torch.set_num_threads(before)
     return statistics.median(rates)
+
+
+def measure_gpu_bandwidth(device: torch.device, *, size: int = GPU_STREAM_BYTES) -> float:
+    """Bytes a second that a GPU reads from its memory: the median of some sums of ``size`` bytes of float32.
+
+    Raises :class:`RefusedError` where the GPU has no room for them.
+    """
+    import torch
+
+    try:
+        numbers = torch.ones(size // 4, device=device)
+    except torch.cuda.OutOfMemoryError:
+        raise RefusedError(f"Measuring GPU {device.index} takes {size / 1e9:.1f} GB of its memory.", "Free that much.") from None
+    times = []
+    for _ in range(1 + GPU_PASSES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        numbers.sum()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) / 1e3)
+    return numbers.nbytes / statistics.median(times[1:])
 
 
 def _write(fd: int, limit_bytes: int, seconds: float) -> float:

@@ -70,18 +70,18 @@ class TorchBackend:
         self._comm = comm
         self._budget = budget
         self._asked = device
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
         self._sights = comm.gather_all(look_around(device))
         self._worker: Worker | None = None
 
     def check(self) -> None:
         config, mapping, quant = self._engine.network()
         rank = mapping.rank(self._comm.rank)
-        self._device = take_device(self._asked, self._sights, rank.index)
-        if self._device.type == CUDA:
+        self.device = take_device(self._asked, self._sights, rank.index)
+        if self.device.type == CUDA:
             from arctic_trt.runtime.cuda.worker import load_cuda_worker
 
-            self._worker = load_cuda_worker(self._engine_dir, self._engine, rank, self._comm, self._device)
+            self._worker = load_cuda_worker(self._engine_dir, self._engine, rank, self._comm, self.device)
         else:
             self._worker = load_worker(self._engine_dir, config, quant, rank, self._comm)
 
@@ -106,14 +106,14 @@ class TorchBackend:
 
     def _connect_devices(self) -> None:
         """Where each rank has a GPU, tensors go from one to the other."""
-        if self._device.type == CUDA and self._comm.world_size > 1:
+        if self.device.type == CUDA and self._comm.world_size > 1:
             from arctic_trt.runtime.cuda.worker import connect_devices
 
-            connect_devices(self.worker, self._comm, self._engine.network()[1], self._device)
+            connect_devices(self.worker, self._comm, self._engine.network()[1], self.device)
 
     def _free_memory(self) -> int | None:
         """Bytes that this rank may take for its cache, None where the system does not say."""
-        return free_on_gpu(self._device) if self._device.type == CUDA else free_on_host(_local_ranks(self._comm))
+        return free_on_gpu(self.device) if self.device.type == CUDA else free_on_host(_local_ranks(self._comm))
 
     @property
     def worker(self) -> Worker:

@@ -25,7 +25,7 @@ from arctic_trt.runtime.scoring import Continuation, Score, Scorer
 
 
 class OpenEngine:
-    """One rank of an engine of the torch backend; make one with :func:`open_engine`."""
+    """One rank of an engine of the torch backend, on its ``device``; make one with :func:`open_engine`."""
 
     def __init__(self, engine: EngineConfig, comm: Communicator, backend: TorchBackend) -> None:
         self._comm = comm
@@ -33,6 +33,7 @@ class OpenEngine:
         self.limits: BuildConfig = engine.build_config
         self.vocab_size: int = engine.network()[0].vocab_size
         self.world_size: int = comm.world_size
+        self.device = backend.device
 
     def complete(
         self,

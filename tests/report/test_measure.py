@@ -167,6 +167,36 @@ def test_the_median_pass_of_all_threads_is_the_bandwidth(monkeypatch: pytest.Mon
     assert 200 / 0.13 < measure_read_bandwidth(seconds=0, threads=2) <= 200 / 0.1
 
 
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass does not count, and of the others the median does."""
+    waits = iter([99.0, *range(1, 10)])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        synchronize = record
+
+        def elapsed_time(self, end: Event) -> float:
+            return next(waits)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert measure.measure_gpu_bandwidth(torch.device("cpu"), size=MIB) == MIB / 5e-3
+    assert next(waits, None) is None
+
+
+def test_a_gpu_that_is_full_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(RefusedError, match=r"Measuring GPU 3 takes 1\.1 GB of its memory"):
+        measure.measure_gpu_bandwidth(torch.device("cuda", 3))
+
+
 def test_no_thread_is_timed_before_all_are_warm() -> None:
     order: list[str] = []
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from arctic_trt.engine.config import EngineConfig
 from arctic_trt.errors import UsageError
 from arctic_trt.launch import find_launch, is_leader, local_threads
@@ -21,8 +23,8 @@ from arctic_trt.report.bench.roofline import traffic_of
 from arctic_trt.report.bench.run import Memory, Round
 from arctic_trt.report.bench.target import EngineTarget, ServerTarget, Target
 from arctic_trt.report.bench.workload import FilePrompts, RandomPrompts, SpelledPrompts, Workload, words_of
-from arctic_trt.report.measure import measure_read_bandwidth
-from arctic_trt.runtime.device import AUTO
+from arctic_trt.report.measure import measure_gpu_bandwidth, measure_read_bandwidth
+from arctic_trt.runtime.device import AUTO, CUDA
 from arctic_trt.runtime.inputs import read_prompts
 from arctic_trt.runtime.open_engine import check_engine, open_engine
 from arctic_trt.runtime.requests import check_vocabulary
@@ -53,11 +55,16 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """An open target; ``engine`` is None for a server."""
+    """An open target; ``engine`` and what its memory allows are None for a server."""
 
     target: Target
     engine: EngineConfig | None
     tensor_parallel: int | None
+    device: torch.device | None = None
+
+    def measure_memory(self) -> Memory | None:
+        """:func:`measure_memory` of the engine."""
+        return measure_memory(self.engine, self.device) if self.engine and self.device else None
 
 
 class Session:
@@ -101,7 +108,7 @@ class Session:
             engine.follow()
             yield None
             return
-        yield Place(target=EngineTarget(engine), engine=self._engine, tensor_parallel=mapping.tp_size)
+        yield Place(target=EngineTarget(engine), engine=self._engine, tensor_parallel=mapping.tp_size, device=engine.device)
         engine.close()
 
     def as_dict(self, place: Place) -> dict[str, Any]:
@@ -146,18 +153,20 @@ class Session:
             )
 
 
-def measure_memory(engine: EngineConfig) -> Memory:
-    """How fast the cores that the engine may use read memory, on all machines that it runs on, which are taken to be alike."""
+def measure_memory(engine: EngineConfig, device: torch.device) -> Memory:
+    """How fast the engine's GPUs, or the cores that it may use, read memory, on all machines, which are taken to be alike."""
+    gpus = device.type == CUDA
+    bandwidth = engine.network()[1].world_size * measure_gpu_bandwidth(device) if gpus else _host_bandwidth(engine)
+    return Memory(traffic=traffic_of(engine), bandwidth=bandwidth, max_batch_size=engine.build_config.max_batch_size)
+
+
+def _host_bandwidth(engine: EngineConfig) -> float:
     launch = find_launch(os.environ)
     world_size = engine.network()[1].world_size
     local_ranks = (launch.local_size if launch else None) or world_size
     threads = min(available_cores(), local_ranks * local_threads(local_ranks))
     machines = -(-world_size // local_ranks)
-    return Memory(
-        traffic=traffic_of(engine),
-        bandwidth=machines * measure_read_bandwidth(threads=threads),
-        max_batch_size=engine.build_config.max_batch_size,
-    )
+    return machines * measure_read_bandwidth(threads=threads)
 
 
 def _check_options(options: BenchOptions) -> None:

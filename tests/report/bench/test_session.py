@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arctic_trt import launch
 from arctic_trt.engine.config import read_engine_config
@@ -134,6 +135,9 @@ def test_memory_is_read_by_the_cores_that_the_engine_may_use(
         monkeypatch.setenv(key, value)
     engine = read_engine_config(engine_dir)
     mapping = {"world_size": tp_size, "tp_size": tp_size, "pp_size": 1, "moe_tp_size": tp_size, "moe_ep_size": 1}
-    memory = measure_memory(replace(engine, pretrained_config={**engine.pretrained_config, "mapping": mapping}))
+    engine = replace(engine, pretrained_config={**engine.pretrained_config, "mapping": mapping})
+    memory = measure_memory(engine, torch.device("cpu"))
     assert asked == [threads] and (memory.bandwidth, memory.max_batch_size) == (machines * 5e9, 3)
     assert memory.traffic.mapping.tp_size == tp_size
+    monkeypatch.setattr(module, "measure_gpu_bandwidth", lambda device: 7e9 if device.index == 0 else 0)
+    assert measure_memory(engine, torch.device("cuda", 0)).bandwidth == tp_size * 7e9, "a GPU a rank"
