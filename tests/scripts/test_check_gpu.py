@@ -63,7 +63,10 @@ class TestOneThatFails:
     def test_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         code, checks = self.run(monkeypatch)
         assert code == 1 and list(checks) == ["breaks", "wrong", "empty", "slow"]
-        assert checks["breaks"]["rows"] == [["the first half", True, "well"], ["broke off", False, "RuntimeError: the second half"]]
+        assert checks["breaks"]["rows"] == [
+            ["the first half", True, "well"],
+            ["broke off", False, "RuntimeError: the second half"],
+        ]
         assert [checks[name]["good"] for name in checks] == [False, False, False, True]
         assert checks["slow"]["late"] and not checks["wrong"]["late"]
 
@@ -91,7 +94,9 @@ class Mistaken(TwinOps):
         return [sum_TD, *(each * NAN if self._mistake == "nan" and each.dtype == torch.float32 else each for each in others)]
 
 
-@pytest.mark.parametrize(("mistake", "where"), [("shares", "route, float32"), ("scale", "project, float32"), ("code", "norm, float8")])
+@pytest.mark.parametrize(
+    ("mistake", "where"), [("shares", "route, float32"), ("scale", "project, float32"), ("code", "norm, float8")]
+)
 def test_kernels_that_are_mistaken_are_named(mistake: str, where: str, tmp_path: Path) -> None:
     rows = list(gpu_checks.kernels(place(tmp_path, Mistaken(mistake))))
     wrong = [what for what, well, _ in rows if not well]
