@@ -25,7 +25,7 @@ Example, before anything is downloaded:
   arctic-trt plan config.json --no_measure --max_batch_size 64
 
 Sizes on disk are exact; memory, time and GPU memory are estimates. A GPU counts as large enough when weights, KV cache
-and activations take at most 92 % of its memory."""
+and activations take at most 92 % of its memory; the torch backend's engines on CUDA need as much."""
 
 
 @click.command("plan", epilog=EPILOG, short_help="Forecast sizes, memory, disk, time and GPUs, from config.json alone.")
