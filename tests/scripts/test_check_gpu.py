@@ -147,6 +147,39 @@ def test_what_counts_as_alike(found: Tensor, wanted: Tensor, well: bool) -> None
     assert [row[1] for row in both.rows()] == [well]
 
 
+class ByExpert(Routed):
+    """Slots of another layout."""
+
+
+class Reversed(TwinOps):
+    """Experts' rows the other way round, from route to combine; ``off`` is a mistake in the end."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self._off = off
+
+    def route(self, *arguments: Any) -> Routed:
+        routed = super().route(*arguments)
+        return ByExpert(routed.expert_S, routed.share_S, routed.top_k)
+
+    def expert_gated(self, *arguments: Any) -> Tensor:
+        codes = super().expert_gated(*arguments)
+        return codes.view(torch.uint8).flip(0).view(codes.dtype)
+
+    def expert_project(self, inner: Tensor, *arguments: Any) -> Tensor:
+        return super().expert_project(inner.view(torch.uint8).flip(0).view(inner.dtype), *arguments).flip(0)
+
+    def combine(self, y_TD: Tensor, slots_SD: Tensor, routed: Routed) -> Tensor:
+        return super().combine(y_TD, slots_SD.flip(0), routed) * (1 + self._off)
+
+
+@pytest.mark.parametrize(("off", "well"), [(0.0, True), (0.2, False)])
+def test_rows_in_another_order_are_compared_when_they_are_added_up(off: float, well: bool, tmp_path: Path) -> None:
+    rows = {what: good for what, good, _ in gpu_checks.kernels(place(tmp_path, Reversed(off)))}
+    assert not any(what.startswith("expert") for what in rows)
+    assert rows["combine, rows by expert, float32"] is well
+
+
 def test_results_of_another_kind_are_an_error() -> None:
     class Gives:
         def __init__(self, *shape: int) -> None:
