@@ -94,9 +94,7 @@ class Mistaken(TwinOps):
         return [sum_TD, *(each * NAN if self._mistake == "nan" and each.dtype == torch.float32 else each for each in others)]
 
 
-@pytest.mark.parametrize(
-    ("mistake", "where"), [("shares", "route, float32"), ("scale", "project, float32"), ("code", "norm, float8")]
-)
+@pytest.mark.parametrize(("mistake", "where"), [("shares", "route, float32"), ("scale", "project"), ("code", "norm, float8")])
 def test_kernels_that_are_mistaken_are_named(mistake: str, where: str, tmp_path: Path) -> None:
     rows = list(gpu_checks.kernels(place(tmp_path, Mistaken(mistake))))
     wrong = [what for what, well, _ in rows if not well]
@@ -177,7 +175,7 @@ class Reversed(TwinOps):
 def test_rows_in_another_order_are_compared_when_they_are_added_up(off: float, well: bool, tmp_path: Path) -> None:
     rows = {what: good for what, good, _ in gpu_checks.kernels(place(tmp_path, Reversed(off)))}
     assert not any(what.startswith("expert") for what in rows)
-    assert rows["combine, rows by expert, float32"] is well
+    assert [good for what, good in rows.items() if "rows by expert" in what] == [well]
 
 
 def test_results_of_another_kind_are_an_error() -> None:
