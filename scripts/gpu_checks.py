@@ -109,14 +109,14 @@ class Place:
         )
         return make_network(config, rank, ops, self.device, room=room, max_seq_len=positions, graphs=graphs, weights=self.weights)
 
-    def tiny_network(self, ops: FusedOps, room: KvRoom) -> CudaNetwork:
+    def tiny_network(self, ops: FusedOps, room: KvRoom, graphs: list[int]) -> CudaNetwork:
         """The tiny engine on the device."""
         config, mapping, quant = read_engine_config(self.engine_dir).network()
         rank = mapping.rank(0)
         weights = load_rank(self.engine_dir, config, rank, quant, Uploader(self.device))
         sizes = {"num_layers": len(weights.layers), "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         cache = KvCache(**sizes, fp8=quant.kv_fp8, device=self.device, spare_blocks=1)
-        graphs = GRAPHS if self.device.type == "cuda" else []
+        graphs = graphs if self.device.type == "cuda" else []
         parts = (config, rank, weights, cache, SoloCommunicator(), ops)
         network = CudaNetwork(*parts, device=self.device, max_seq_len=TINY_POSITIONS, graphs=graphs)
         cache.reserve(room)
@@ -130,16 +130,17 @@ def tiny_logits(place: Place) -> Iterator[Row]:
     room = logits_check.room_for(place.size.logits)
     ours = load_worker(place.engine_dir, config, quant, mapping.rank(0), SoloCommunicator())
     ours.reserve(room)
-    theirs = [place.tiny_network(ops, room) for ops in (place.ops(place.device), Rounded(TwinOps()))]
-    yield from _compare(ours.network, *theirs, place.size.logits, room, config.vocab_size)
+    theirs = place.tiny_network(place.ops(place.device), room, GRAPHS)
+    rounded = place.tiny_network(Rounded(TwinOps()), room, [])  # twins ask the device for numbers, which no graph can
+    yield from _compare(ours.network, theirs, rounded, place.size.logits, room, config.vocab_size)
 
 
 def rank_logits(place: Place) -> Iterator[Row]:
     """Logits of two layers of the full width, rank 0 of eight without the others, against the CPU engine's."""
     config, room = place.size.config, logits_check.room_for(place.size.logits)
     ours = make_cpu_network(config, plan_mapping(config, tp_size=TP_SIZE).rank(0), room)
-    theirs = [place.rank_network(ops, room, GRAPHS) for ops in (place.ops(place.device), Rounded(TwinOps()))]
-    yield from _compare(ours, *theirs, place.size.logits, room, held_words(config, ours.rank))
+    theirs, rounded = place.rank_network(place.ops(place.device), room, GRAPHS), place.rank_network(Rounded(TwinOps()), room, [])
+    yield from _compare(ours, theirs, rounded, place.size.logits, room, held_words(config, ours.rank))
 
 
 def _compare(
