@@ -36,7 +36,7 @@ LAZY = {
     *("tensorrt_llm", "tensorrt", "modelopt", "transformers", "matplotlib", "mpi4py", "numba", "datasets", "lm_eval", "tqdm"),
     *("fastapi", "starlette", "uvicorn", "tritonclient", "grpc", "triton"),
 }
-CUDA_KERNELS = ("attention", "common", "norm", "project", "route")
+CUDA_KERNELS = ("attention", "choose", "common", "norm", "project", "route")
 LAZY_MODULES = {
     "quantize/modelopt.py": "arctic_trt.quantize.modelopt",
     "runtime/harness.py": "arctic_trt.runtime.harness",

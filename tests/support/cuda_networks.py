@@ -12,11 +12,11 @@ from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.twin import TwinOps
+from arctic_trt.runtime.cuda.worker import CudaWorker
 from arctic_trt.runtime.kernels import CpuKernels
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import load_rank
-from arctic_trt.runtime.worker import Worker
 
 BLOCK = 8
 ROOM = KvRoom(42, block_tokens=BLOCK)
@@ -27,7 +27,7 @@ class AsItLies(CpuKernels):
         return weight
 
 
-def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = ()) -> Worker:
+def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = (), room: KvRoom = ROOM) -> CudaWorker:
     """``comm``'s rank, whose cache has its room."""
     config, mapping, quant = read_engine_config(engine_dir).network()
     rank = mapping.rank(comm.rank)
@@ -40,8 +40,8 @@ def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = 
         spare_blocks=1,
     )
     cpu, ops = torch.device("cpu"), TwinOps(torch.float32)
-    worker = Worker(CudaNetwork(config, rank, weights, cache, comm, ops, device=cpu, max_seq_len=112, graphs=graphs))
-    worker.reserve(ROOM)
+    worker = CudaWorker(CudaNetwork(config, rank, weights, cache, comm, ops, device=cpu, max_seq_len=112, graphs=graphs))
+    worker.reserve(room)
     return worker
 
 

@@ -13,12 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from arctic_trt.runtime.cuda.kernels import attention, norm, project, route
+from arctic_trt.runtime.cuda.kernels import attention, choose, norm, project, route
 from arctic_trt.runtime.cuda.ops import PAIR_SLOTS, AttentionRows, NormOutput, Routed, plan_blocks
 from arctic_trt.runtime.kernels import Projection
 
 ROUTER_PARTS = 8
 COMBINE_BLOCK = 1024
+EMBED_BLOCK = 1024
+CHOOSE_BLOCK = 8192
 SMALLEST = 16
 """Rows of a matrix that tensor cores take at least."""
 
@@ -45,6 +47,22 @@ def plan_tile(rows: int, gated: bool) -> Tile:
 
 class TritonOps:
     """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`."""
+
+    def embed(self, token_T: Tensor, chosen_K: Tensor, rows_VD: Tensor, first: int) -> Tensor:
+        (held, hidden), tokens = rows_VD.shape, len(token_T)
+        x_TD = torch.empty(tokens, hidden, device=rows_VD.device)
+        grid = (tokens, triton.cdiv(hidden, EMBED_BLOCK))
+        choose.embed_kernel[grid](token_T, chosen_K, rows_VD, x_TD, first, held, hidden, BLOCK=EMBED_BLOCK)
+        return x_TD
+
+    def choose(self, logits_WV: Tensor, row_K: Tensor, choice_KF: Tensor, token_K: Tensor) -> None:
+        vocab = logits_WV.shape[1]
+        weight_KV = torch.empty(len(row_K), vocab, device=logits_WV.device)
+        choose.choose_kernel[(len(row_K),)](
+            *(logits_WV, row_K, choice_KF, weight_KV, token_K, vocab, logits_WV.stride(0)),
+            BLOCK=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=32,
+        )
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         tokens, hidden = x_TD.shape

@@ -16,6 +16,7 @@ from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
 from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.worker import Worker, load_worker
 from tests.runtime.conftest import Model
+from tests.runtime.test_network import lead
 from tests.support.cuda_networks import ROOM, chunk, mixed_steps, twin_worker
 
 RECIPES = {"fp8": {}, "kv_float": {"kv_cache_dtype": "none"}, "bf16": {"qformat": "full_prec"}}
@@ -36,8 +37,8 @@ def test_logits_are_the_cpus(shape: str, name: str, request: pytest.FixtureReque
     model: Model = request.getfixturevalue(shape)
     ours, theirs = networks(model, name)
     for step in mixed_steps(model.prompts(30, 9, 100))[:-1]:
-        wanted, found = ours.lead(step), theirs.lead(step)
-        assert wanted is not None and found is not None and found.shape == wanted.shape
+        wanted, found = lead(ours, step), lead(theirs, step)
+        assert found.shape == wanted.shape
         error_W = (found - wanted).abs().mean(-1)
         assert error_W.median() <= 0.01  # activations of bf16 weights are bf16; now and then a code rounds to its neighbour
         assert error_W.mean() <= 0.05
@@ -84,8 +85,7 @@ def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monke
     network.prepare(48)
     assert [len(each.result[0]) for each in repeated] == sorted((len(each.result[0]) for each in repeated), reverse=True)
     for step in steps:
-        wanted, found = plain.lead(step), recorded.lead(step)
-        assert wanted is not None and found is not None and found.equal(wanted)
+        assert lead(recorded, step).equal(lead(plain, step))
     for mine, theirs in zip(network.cache.pages, plain.network.cache.pages, strict=True):
         assert mine.view(torch.uint8)[:-1].equal(theirs.view(torch.uint8)[:-1])  # all but the spare block
     assert [each.replays for each in repeated] == [1, 2]  # largest first
