@@ -76,6 +76,9 @@ def codes(rows: int, length: int) -> Tensor:
 def compile_step(count: int) -> None:
     ops, x = triton_ops.TritonOps(), torch.empty(count, HIDDEN)
     reader, fc, proj = projection(8, HIDDEN), projection(HELD, 2 * FFN, HIDDEN), projection(HELD, HIDDEN, FFN)
+    ints = torch.zeros(count, dtype=torch.int32)
+    ops.embed(ints, ints, torch.empty(4000, HIDDEN, dtype=torch.bfloat16), 0)
+    ops.choose(torch.empty(count, 32000), ints, torch.zeros(count, 5, dtype=torch.float64), ints)
     ops.norm(x, x, [NormOutput(torch.ones(HIDDEN), each) for each in (reader, reader, None)], 1e-5)
     ops.project(codes(count, HIDDEN), projection((HEADS + 2) * SIZE, HIDDEN), torch.float32)
     ops.project(x.bfloat16(), Projection(torch.empty(4000, HIDDEN, dtype=torch.bfloat16)), torch.float32)
@@ -83,7 +86,7 @@ def compile_step(count: int) -> None:
     routed = ops.route(x, torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
     inner = ops.expert_gated(codes(count, HIDDEN), routed, fc, proj)
     ops.combine(x, ops.expert_project(inner, routed, proj), routed)
-    pages, ints = torch.empty(4, 2, 1, PAGE, SIZE, dtype=torch.float8_e4m3fn), torch.zeros(count, dtype=torch.int32)
+    pages = torch.empty(4, 2, 1, PAGE, SIZE, dtype=torch.float8_e4m3fn)
     rotary = torch.empty(9, SIZE), torch.empty(9, SIZE)
     q_TNH = ops.rotate_and_store(torch.empty(count, (HEADS + 2) * SIZE), rotary, ints, pages, ints, torch.ones(1))
     decoding = count < 100

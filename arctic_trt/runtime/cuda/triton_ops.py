@@ -20,7 +20,7 @@ from arctic_trt.runtime.kernels import Projection
 ROUTER_PARTS = 8
 COMBINE_BLOCK = 1024
 EMBED_BLOCK = 1024
-CHOOSE_BLOCK = 8192
+CHOOSE_BLOCK = 4096
 SMALLEST = 16
 """Rows of a matrix that tensor cores take at least."""
 
@@ -61,7 +61,7 @@ class TritonOps:
         choose.choose_kernel[(len(row_K),)](
             *(logits_WV, row_K, choice_KF, weight_KV, token_K, vocab, logits_WV.stride(0)),
             BLOCK=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)),
-            num_warps=32,
+            num_warps=16,
         )
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:

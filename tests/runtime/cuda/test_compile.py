@@ -26,6 +26,7 @@ def test_kernels_compile_and_use_the_tensor_cores() -> None:
     names = {name.split(" of ")[0] for name in found}
     assert names == {
         *("norm_kernel", "project_kernel", "combine_kernel", "logits_kernel", "route_kernel"),
+        *("embed_kernel", "choose_kernel"),
         *("rotate_and_store_kernel", "attend_kernel", "merge_kernel"),
     }
     assert all(each["shared"] <= SHARED_LIMIT and not each["spills"] for each in found.values())
