@@ -226,13 +226,13 @@ class Batcher:
         step, outcome = begun.step, begun.outcome
         if outcome is None:
             return []
-        chosen = self._take_tokens(begun, outcome) if step.num_choices else {}
+        chosen = self._take_tokens(begun, outcome) if self._ahead else {}
         if not step.foreseen:
             chosen |= self._choose_tokens(self._take_logits(begun, outcome))
         return [(sequence, chosen[sequence]) for sequence in begun.sequences if sequence in chosen]
 
     def _take_tokens(self, begun: Begun, outcome: Outcome) -> dict[Sequence, int | ArcticTrtError]:
-        """What the ranks chose."""
+        """What the ranks chose. Waits for a step in which they chose nothing, too: no more than two are under way."""
         chunks = zip(begun.step.chunks, begun.sequences, strict=True)
         choosing = [sequence for chunk, sequence in chunks if chunk.choice is not None]
         return {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig, read_engine_config
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
@@ -50,7 +51,10 @@ class RememberingRanks:
         assert len({slot for slots in written for slot in slots}) == step.num_tokens
         rows = [self.read(chunk.sequence, chunk.start + len(chunk.tokens)) for chunk in step.chunks if chunk.num_logits]
         self.check_sharing()
-        return Logits(torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64) % VOCABULARY, VOCABULARY).float())
+        return Logits(self.answer(rows))
+
+    def answer(self, rows: list[int]) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64) % VOCABULARY, VOCABULARY).float()
 
     def write(self, sequence: int, start: int, tokens: tuple[int, ...]) -> list[tuple[int, int]]:
         text = self.texts.setdefault(sequence, [])

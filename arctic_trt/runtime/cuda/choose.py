@@ -21,7 +21,7 @@ def choose_row(logits_V: Tensor, choice: Choice) -> int:
         return BROKEN
     if choice.temperature == 0:
         return int(logits_V.argmax())
-    ids = _largest(logits_V, choice.top_k or len(logits_V))
+    ids = _largest(logits_V, int(choice.top_k) or len(logits_V))
     weights = ((logits_V[ids] - logits_V.max()) / torch.tensor(choice.temperature, dtype=torch.float32)).exp()
     if choice.top_p < 1:
         goal = choice.top_p * weights.sum(dtype=torch.float64)
