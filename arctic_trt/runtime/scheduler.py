@@ -213,6 +213,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Make the oldest that wait active, while what they need leaves the active ones what they need next."""
+        if not self._waiting:
+            return
         spare = self._pool.num_available - sum(self._needs(sequence) for sequence in self._active.values())
         while self._waiting and len(self._active) < self._max_active:
             index, sequence = next(iter(self._waiting.items()))
@@ -279,7 +281,8 @@ class Scheduler:
         missing = max(0, self._room.blocks_for(sequence.computed + count) - len(sequence.blocks))
         while missing > self._pool.num_available and (youngest := next(reversed(self._active.values()))) is not sequence:
             self._preempt(youngest)
-        sequence.blocks += [self._pool.take() for _ in range(min(missing, self._pool.num_available))]
+        if missing:
+            sequence.blocks += [self._pool.take() for _ in range(min(missing, self._pool.num_available))]
         return min(count, len(sequence.blocks) * self._room.block_tokens - sequence.computed)
 
     def _publish(self, sequence: Sequence, end: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -104,7 +105,7 @@ def fill(
     step has less than the layout are sequences of token 0 alone, which have the block of ``spare_slot`` in common: rows of
     nobody, but like any other, which choose the same few experts; and choices of the first row's likeliest token.
     """
-    views = _views(out, layout)
+    views = {name: out[place] for name, place in _places(layout).items()}
     count_C = np.array([len(chunk.tokens) for chunk in step.chunks], np.int32)
     start_C = np.array([chunk.start for chunk in step.chunks], np.int32)
     first_C = count_C.cumsum(dtype=np.int32) - count_C
@@ -123,9 +124,8 @@ def fill(
     _fill_choices(views, step)
     views["position"][:tokens] = position_T
     views["slot"][:tokens] = block_CM[chunk_T, position_T // block_tokens] * block_tokens + position_T % block_tokens
-    ends_C = zip(first_C, step.chunks, strict=True)
-    wanted = [np.arange(first + chunk.logits_from, first + len(chunk.tokens)) for first, chunk in ends_C]
-    views["wanted"][: step.num_logits] = np.concatenate(wanted)
+    from_C = first_C + [chunk.logits_from for chunk in step.chunks]
+    views["wanted"][: step.num_logits] = np.flatnonzero(np.arange(tokens) >= from_C[chunk_T])
     views["start"][:chunks], views["count"][:chunks], views["first"][:chunks] = start_C, count_C, first_C
     nobodys = np.arange(chunks, layout.chunks)
     views["count"][nobodys], views["first"][nobodys] = 1, tokens + nobodys - chunks
@@ -140,7 +140,7 @@ def fill(
 
 def staged(array: Tensor, layout: Layout) -> Staged:
     """The views of a step that lies in ``array``, int32 [layout.size] on the device."""
-    views = dict(zip((name for name, _ in layout.fields), array.split([size for _, size in layout.fields]), strict=True))
+    views = {name: array[place] for name, place in _places(layout).items()}
     tables = Tables(views["start"], views["count"], views["block"].view(layout.chunks, layout.width))
     rows = AttentionRows(tables, views["first"], views["chunk"], views["offset"], layout.row_tokens, layout.splits)
     choice_KF = views["choice"].view(torch.float64).view(layout.choices, CHOICE_INTS // 2)
@@ -192,6 +192,7 @@ def staging_buffer(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
-def _views(out: Ints, layout: Layout) -> dict[str, Ints]:
-    ends = np.cumsum([size for _, size in layout.fields])
-    return dict(zip((name for name, _ in layout.fields), np.split(out[: layout.size], ends[:-1]), strict=True))
+@lru_cache(maxsize=64)
+def _places(layout: Layout) -> dict[str, slice]:
+    ends = accumulate(size for _, size in layout.fields)
+    return {name: slice(end - size, end) for (name, size), end in zip(layout.fields, ends, strict=True)}
