@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
-from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda import graphs
+from arctic_trt.runtime.cuda.graphs import Recorded
+from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.worker import CudaWorker
 from arctic_trt.runtime.kernels import CpuKernels
@@ -63,3 +68,32 @@ def mixed_steps(prompts: list[list[int]]) -> list[Step]:
         Step(chunks=(chunk(0, one, 22, 30),), freed=(2,)),
         Step(chunks=(chunk(2, third, 0, 100),)),
     ]
+
+
+class Repeated:
+    """A CUDA graph where there is no GPU: it does the work again, and leaves the result where it was the first time."""
+
+    def __init__(self, work: Callable[[], Decode]) -> None:
+        self._work = work
+        self.result = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        found, (_, kept) = self._work()[1], self.result
+        if found is not None and kept is not None:
+            kept.copy_(found)
+
+
+def repeat_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
+    """From now on graphs are :class:`Repeated`; returns those that are recorded, in their order."""
+    repeated: list[Repeated] = []
+
+    def record_again(work: Callable[[], Decode], pool: object, device: torch.device) -> Recorded[Decode]:
+        repeated.append(Repeated(work))
+        return Recorded(cast(Any, repeated[-1]), repeated[-1].result)
+
+    monkeypatch.setattr(graphs, "_record", record_again)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return repeated

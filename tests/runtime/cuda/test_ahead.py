@@ -7,21 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from arctic_trt.engine.config import BuildConfig, read_engine_config
 from arctic_trt.runtime.batcher import Batcher, Completion, Execute, Listeners
 from arctic_trt.runtime.blocks import KvRoom
-from arctic_trt.runtime.communicator import Communicator, SoloCommunicator
-from arctic_trt.runtime.cuda.network import CudaNetwork
-from arctic_trt.runtime.cuda.twin import TwinOps
-from arctic_trt.runtime.cuda.worker import CudaWorker
-from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
-from arctic_trt.runtime.weights import load_rank
 from tests.runtime.conftest import Model
-from tests.runtime.cuda.test_network import AsItLies
+from tests.support.cuda_networks import repeat_on_cpu, twin_worker
 from tests.support.late_ranks import LateRanks
 from tests.support.thread_world import ThreadCommunicator, ThreadWorld
 
@@ -46,20 +40,6 @@ def requests(model: Model, kinds: list[dict[str, Any]], output: int) -> list[Req
     ]
 
 
-def make_worker(model: Model, name: str, comm: Communicator, **recipe: Any) -> CudaWorker:
-    engine_dir = model.engine(name, **recipe)
-    config, mapping, quant = read_engine_config(engine_dir).network()
-    rank = mapping.rank(comm.rank)
-    weights = load_rank(engine_dir, config, rank, quant, AsItLies())
-    heads = len(rank.kv_heads(config.num_key_value_heads))
-    sizes = {"num_layers": len(weights.layers), "kv_heads": heads, "head_dim": config.head_dim}
-    cache = KvCache(**sizes, fp8=quant.kv_fp8, spare_blocks=1)
-    device = torch.device("cpu")
-    worker = CudaWorker(CudaNetwork(config, rank, weights, cache, comm, TwinOps(), device=device, max_seq_len=60, max_choices=4))
-    worker.reserve(ROOM)
-    return worker
-
-
 def complete(execute: Execute, asked: list[Request], *, ahead: bool) -> tuple[dict[int, Completion], Batcher]:
     done: dict[int, Completion] = {}
     listeners = Listeners(on_done=lambda index, completion: done.update({index: completion}))
@@ -71,9 +51,14 @@ def complete(execute: Execute, asked: list[Request], *, ahead: bool) -> tuple[di
     return done, batcher
 
 
-def test_mixed_requests_in_scarce_room(tiny: Model) -> None:
-    worker = make_worker(tiny, "fp8", SoloCommunicator())
+@pytest.mark.parametrize("graphs", [(), (2, 4)])
+def test_mixed_requests_in_scarce_room(tiny: Model, graphs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of prompts, decode steps as they are and as graphs that are filled up."""
+    repeated = repeat_on_cpu(monkeypatch)
+    worker = twin_worker(tiny.engine("fp8"), SoloCommunicator(), graphs, room=ROOM)
     asked = requests(tiny, KINDS * 2, output=14)
+    if graphs:
+        worker.network.prepare(16)
     waited, plain = complete(worker.lead, asked, ahead=False)
     ends = {index: frozenset(completion.token_ids[4 + index % 7 : 5 + index % 7]) for index, completion in waited.items()}
     asked += [replace(request, index=request.index + 100, end_ids=ends[request.index], stream=request.index) for request in asked]
@@ -85,16 +70,17 @@ def test_mixed_requests_in_scarce_room(tiny: Model) -> None:
     assert found == waited and ranks.most_ahead == 2
     assert plain.stats.preemptions and batcher.stats.preemptions
     assert {completion.finish_reason for completion in found.values()} == {"stop", "length"}
-    assert batcher.stats.computed_tokens + batcher.stats.reused_tokens > 0 and not batcher.stats.blocks_in_use
+    assert not batcher.stats.blocks_in_use and all(each.replays for each in repeated)
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 2), (1, 2)])
 def test_every_rank_knows_the_tokens(tiny: Model, tp_size: int, pp_size: int) -> None:
     """Each of the last stage chooses by itself, and each of the first hears of it."""
     name, recipe = f"tp{tp_size}pp{pp_size}", {"tp_size": tp_size, "pp_size": pp_size}
-    mapping = read_engine_config(tiny.engine(name, **recipe)).network()[1]
+    engine_dir = tiny.engine(name, **recipe)
+    mapping = read_engine_config(engine_dir).network()[1]
     world = ThreadWorld(mapping)
-    workers = [make_worker(tiny, name, ThreadCommunicator(world, rank), **recipe) for rank in range(mapping.world_size)]
+    workers = [twin_worker(engine_dir, ThreadCommunicator(world, rank), room=ROOM) for rank in range(mapping.world_size)]
     followers = [threading.Thread(target=lambda worker=worker: [worker.follow() for _ in range(2)]) for worker in workers[1:]]
     for follower in followers:
         follower.start()

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
-
 import pytest
 import torch
 
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.runtime.communicator import SoloCommunicator
-from arctic_trt.runtime.cuda import graphs
-from arctic_trt.runtime.cuda.graphs import Recorded
-from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
+from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.worker import Worker, load_worker
 from tests.runtime.conftest import Model
 from tests.runtime.test_network import lead
-from tests.support.cuda_networks import ROOM, chunk, mixed_steps, twin_worker
+from tests.support.cuda_networks import ROOM, chunk, mixed_steps, repeat_on_cpu, twin_worker
 
 RECIPES = {"fp8": {}, "kv_float": {"kv_cache_dtype": "none"}, "bf16": {"qformat": "full_prec"}}
 
@@ -44,32 +39,9 @@ def test_logits_are_the_cpus(shape: str, name: str, request: pytest.FixtureReque
         assert error_W.mean() <= 0.05
 
 
-class Repeated:
-    """A CUDA graph where there is no GPU: it does the work again, and leaves the result where it was the first time."""
-
-    def __init__(self, work: Callable[[], Decode]) -> None:
-        self._work = work
-        self.result = work()
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        found, (_, kept) = self._work()[1], self.result
-        if found is not None and kept is not None:
-            kept.copy_(found)
-
-
 def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs for 2 and 4 sequences take steps of 1, 3 and 2; what is filled up touches no block of anybody."""
-    repeated: list[Repeated] = []
-
-    def record_again(work: Callable[[], Decode], pool: object, device: torch.device) -> Recorded[Decode]:
-        repeated.append(Repeated(work))
-        return Recorded(cast(Any, repeated[-1]), repeated[-1].result)
-
-    monkeypatch.setattr(graphs, "_record", record_again)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    repeated = repeat_on_cpu(monkeypatch)
     one, other, third = tiny.prompts(30, 9, 24)
     steps = [
         Step(chunks=(chunk(0, one, 0, 20), chunk(1, other, 0, 8), chunk(2, third, 0, 16))),
