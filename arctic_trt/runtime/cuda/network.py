@@ -133,7 +133,7 @@ class CudaNetwork:
         else:
             logits_WV = self._replay(step, sequences)
         rows = [] if step.foreseen else rows_without_choice(step)
-        if logits_WV is not None and len(rows) < len(logits_WV):
+        if logits_WV is not None and 0 < len(rows) < len(logits_WV):
             logits_WV = logits_WV[rows]
         logits_WV = bring_to_rank_0(logits_WV, len(rows), self.rank, self.config.vocab_size, self.comm)
         return logits_WV if rows else None
