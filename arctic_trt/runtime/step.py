@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from arctic_trt.runtime.communicator import Ints
+if TYPE_CHECKING:  # servers and their clients need no torch
+    from arctic_trt.runtime.communicator import Ints
 
 CHUNK_FIELDS = 6
 CHOICE_INTS = 10
