@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arctic_trt.runtime.cuda.kernels import project, skinny
 from arctic_trt.runtime.cuda.ops import Routed
-from arctic_trt.runtime.cuda.tiles import SMALLEST, WARPS, plan_skinny_tile, plan_tile
+from arctic_trt.runtime.cuda.tiles import PARTS, SMALLEST, WARPS, plan_skinny_tile, plan_tile
 from arctic_trt.runtime.kernels import Projection
 
 
@@ -94,7 +94,7 @@ def _multiply_few(product: Product, early: bool) -> None:
         **product.meaning,
         ADDED=0 if product.added is None else product.added.top_k,
         PREFETCHED=early and product.routed is None and length * itemsize % 16 == 0,
-        **{"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.length, "PARTS": WARPS},
+        **{"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.length, "PARTS": PARTS},
         num_warps=WARPS,
         num_stages=tile.buffers + 1,
         **launch_options(early),

@@ -14,6 +14,8 @@ PROCESSORS = 132
 SMALLEST = 16
 """Rows of a matrix that tensor cores take at least; blocks of up to so many rows wait for the weights."""
 WARPS = 4
+PARTS = 8
+"""Sums of their own of a program of few rows, two a warp: products on the tensor cores need not wait for one another."""
 SHARED_BYTES = 72 << 10
 """Shared memory of a program of few rows at most, so that a multiprocessor's 227 KB hold three."""
 SHORT_BYTES = 1024
@@ -35,7 +37,7 @@ class Tile:
 class SkinnyTile:
     """A program of ``skinny_kernel`` multiplies ``rows`` rows with ``columns`` rows of the weight.
 
-    Each of its warps has ``length`` elements of every block; ``buffers`` blocks lie in shared memory.
+    Each of its sums has ``length`` elements of every block; ``buffers`` blocks lie in shared memory.
     """
 
     rows: int
@@ -60,9 +62,9 @@ def plan_skinny_tile(rows: int, weight_rows: int, length: int, itemsize: int, bl
     tokens, columns = (8 if rows <= 8 else 16), (32 if short else 16)
     while columns > 8 and -(-weight_rows // columns) * blocks < PROCESSORS:
         columns //= 2
-    part_bytes = 64 if short else 128
-    buffers = SHARED_BYTES // ((columns + tokens) * WARPS * part_bytes)
-    return SkinnyTile(tokens, columns, part_bytes // itemsize, min(buffers, -(-length * itemsize // (WARPS * part_bytes))))
+    part_bytes = 32 if short else 64
+    buffers = SHARED_BYTES // ((columns + tokens) * PARTS * part_bytes)
+    return SkinnyTile(tokens, columns, part_bytes // itemsize, min(buffers, -(-length * itemsize // (PARTS * part_bytes))))
 
 
 def expert_block(slots: int, experts: int) -> int:

@@ -90,6 +90,7 @@ class TritonOps:
             *(x_TD, router_ED, logits, self._counters("route", blocks, device), expert_S, share_S),
             *(tokens, num_experts, hidden, triton.cdiv(hidden, parts * length) * length, experts.start, len(experts)),
             **{"TOP_K": top_k, "FEW": few, "BM": rows, "BN": columns, "BK": length, "PARTS": parts},
+            STAGES=5 if few else 3,
             BLOCK_E=power_of_2(num_experts),
         )
         if len(expert_S) <= PAIR_SLOTS:

@@ -35,6 +35,13 @@ def prefetch(pointer, size):
 
 
 @triton.jit
+def prefetch_lines(pointers):
+    """Bring the 128 bytes around each address towards the L2 cache."""
+    line: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(line, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def is_last(arrived_ptr, programs):
     """Whether ``programs - 1`` others have stored what they have; their values are read with ``.cg``.
 

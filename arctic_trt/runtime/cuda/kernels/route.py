@@ -12,7 +12,7 @@ from arctic_trt.runtime.cuda.kernels.common import is_last, wait_for_inputs
 def route_kernel(
     x_ptr, w_ptr, logits_ptr, arrived_ptr, expert_ptr, share_ptr, tokens, num_experts, length, span, first_held, held,
     TOP_K: tl.constexpr, FEW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Logits of a block of tokens and one of experts over a part of the length, in float32; the last program chooses."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -22,7 +22,7 @@ def route_kernel(
         products = tl.zeros((BM, BN, BK), tl.float32)
     else:
         total = tl.zeros((BM, BN), tl.float32)
-    for begin in range(part * span, tl.minimum((part + 1) * span, length), BK):
+    for begin in tl.range(part * span, tl.minimum((part + 1) * span, length), BK, num_stages=STAGES):
         k = begin + tl.arange(0, BK)
         x = tl.load(x_ptr + m[:, None] * length + k[None, :], mask=(m[:, None] < tokens) & (k[None, :] < length), other=0.0)
         w_mask = (n[:, None] < num_experts) & (k[None, :] < length)

@@ -1,7 +1,7 @@
 """Products of few rows with weights, for which reading the weights is everything.
 
-A program has few rows of the weight, and each of its warps a part of every block of the length, whose sums are added at the end
-in the same order always. Weights are the first operand of the tensor cores' product, so that eight tokens fill the second.
+A program has few rows of the weight, and each of its warps two parts of every block of the length, whose sums are added at the
+end in the same order always. Weights are the first operand of the tensor cores' product, so that eight tokens fill the second.
 """
 
 from __future__ import annotations
