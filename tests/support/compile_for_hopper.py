@@ -89,10 +89,9 @@ def codes(rows: int, length: int) -> Tensor:
 
 
 def compile_step(count: int) -> None:
-    """What a layer and the ends of a network launch, in the order in which they do."""
+    """What a layer and the end of a network launch, in the order in which they do."""
     ops, x, ints = triton_ops.TritonOps(early=True), torch.empty(count, HIDDEN), torch.zeros(count, dtype=torch.int32)
     reader, fc, proj = projection(8, HIDDEN), projection(HELD, 2 * FFN, HIDDEN), projection(HELD, HIDDEN, FFN)
-    ops.embed(torch.empty(4000, HIDDEN, dtype=torch.bfloat16), ints, 0)
     ops.norm(x, x, [NormOutput(torch.ones(HIDDEN), each) for each in (reader, reader, None)], 1e-5)
     routed = ops.route(x, torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
     slots_SD = ops.expert_project(ops.expert_gated(codes(count, HIDDEN), routed, fc, proj), routed, proj)

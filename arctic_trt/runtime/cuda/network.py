@@ -159,7 +159,9 @@ class CudaNetwork:
     def _embed(self, token_T: Tensor) -> Tensor:
         """Each rank looks up the tokens of its rows and leaves zeros for the others."""
         rows_VD = _there(self.weights.embedding)
-        x_TD = self._ops.embed(rows_VD, token_T, self.rank.tp_rank * len(rows_VD))
+        local_T = token_T - self.rank.tp_rank * len(rows_VD)
+        mine_T = (local_T >= 0) & (local_T < len(rows_VD))
+        x_TD = rows_VD.index_select(0, local_T.where(mine_T, 0)).float() * mine_T[:, None]
         self.comm.all_reduce(x_TD)
         return x_TD
 

@@ -52,9 +52,6 @@ class Routed:
 class FusedOps(Protocol):
     """The operations of a step. No operation waits for the device."""
 
-    def embed(self, rows_VD: Tensor, token_T: Tensor, first: int) -> Tensor:
-        """Float32 [T, D]: rows of tokens ``first`` and on, zeros for tokens that have none."""
-
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         """The float32 sum ``x + partial``, then its RMS-normed copies."""
 

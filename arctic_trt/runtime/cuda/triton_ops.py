@@ -18,7 +18,7 @@ from arctic_trt.runtime.cuda.tiles import SMALLEST, expert_block, power_of_2
 from arctic_trt.runtime.kernels import Projection
 
 ROW_BLOCK = 1024
-"""Columns of a row that a program looks up or combines."""
+"""Columns of a row that a program combines."""
 FEW_TOKENS = 64
 """Up to so many tokens a router's product is summed by all threads, beyond that tile by tile; a row is normed by many threads."""
 PLANNED_SLOTS = 1024
@@ -40,13 +40,6 @@ class TritonOps:
             early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
         self._early = early
         self._arrived: dict[str, Tensor] = {}
-
-    def embed(self, rows_VD: Tensor, token_T: Tensor, first: int) -> Tensor:
-        (count, hidden), tokens = rows_VD.shape, len(token_T)
-        x_TD = torch.empty(tokens, hidden, device=rows_VD.device)
-        grid = (tokens, triton.cdiv(hidden, ROW_BLOCK))
-        norm.embed_kernel[grid](rows_VD, token_T, x_TD, first, count, hidden, BLOCK=ROW_BLOCK)
-        return x_TD
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         tokens, hidden = x_TD.shape
@@ -95,7 +88,7 @@ class TritonOps:
         )
         if len(expert_S) <= PAIR_SLOTS:
             return Routed(expert_S, share_S, top_k)
-        block = expert_block(len(expert_S), len(experts))
+        block = expert_block(len(expert_S), num_experts)
         return Routed(expert_S, share_S, top_k, *self.plan_blocks(expert_S, len(experts), block), block)
 
     def plan_blocks(self, expert_S: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor]:

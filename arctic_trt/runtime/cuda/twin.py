@@ -24,11 +24,6 @@ class TwinOps:
     def __init__(self, queries: torch.dtype = torch.bfloat16) -> None:
         self._queries = queries
 
-    def embed(self, rows_VD: Tensor, token_T: Tensor, first: int) -> Tensor:
-        local_T = token_T.long() - first
-        mine_T = (local_T >= 0) & (local_T < len(rows_VD))
-        return rows_VD.index_select(0, local_T.where(mine_T, 0)).float() * mine_T[:, None]
-
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()
         normed = [(layer.rms_norm(sum_TD, output.weight, eps), output.reader) for output in outputs]

@@ -71,12 +71,6 @@ def test_norm(tokens: int, add: bool) -> None:
             assert_like(one, other)
 
 
-@pytest.mark.parametrize("first", [0, 5, 20])
-def test_embed(first: int) -> None:
-    rows, tokens = torch.randn(9, 1100, device=DEVICE).bfloat16(), _ints([3, 5, 13, 14, 20])
-    assert torch.equal(OPS.embed(rows, tokens, first), TWIN.embed(rows, tokens, first))
-
-
 @pytest.mark.parametrize(("tokens", "length"), [(1, 72), (9, 72), (16, 1200), (1, 2200), (40, 72), (70, 72)])
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

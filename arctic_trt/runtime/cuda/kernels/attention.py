@@ -66,22 +66,19 @@ def attend_kernel(
     h = tl.arange(0, BLOCK_H)
     q_mask = valid[:, None] & (h[None, :] < SIZE)
     kv_scale = tl.load(scale_ptr) if FP8 else 1.0
+    factor = softmax_scale * kv_scale
     last = start + of_chunk
     length = start if SINGLE else tl.minimum(start + offset + ROW_TOKENS, start + count)
     parts = tl.cdiv(tl.cdiv(length, BLOCK_L), SPLITS) * BLOCK_L
     end = tl.minimum((split + 1) * parts, length)
+    blocks_at = block_ptr + chunk * width
     if SINGLE:
-        here = tl.where(count > 0, first, 0).to(tl.int64)
+        here = tl.where(count > 0, first, 0).to(tl.int64)  # a chunk without a token repeats what the first token's does
         slot = tl.load(slot_ptr + here).to(tl.int64)
         table = tl.load(position_ptr + here).to(tl.int64) * SIZE + h
         cos, sin = tl.load(cos_ptr + table, mask=h < SIZE, other=0.0), tl.load(sin_ptr + table, mask=h < SIZE, other=0.0)
         if EARLY:
-            for begin in range(split * parts, end, BLOCK_L):
-                position = begin + tl.arange(0, BLOCK_L)
-                block = tl.load(block_ptr + chunk * width + position // PAGE, mask=position < length, other=0).to(tl.int64)
-                at = pages_ptr + ((block * 2 * KV_HEADS + kv_head) * PAGE + position % PAGE) * SIZE
-                prefetch_lines(at)
-                prefetch_lines(at + KV_HEADS * PAGE * SIZE)
+            _prefetch_cached(blocks_at, pages_ptr, split * parts, end, kv_head, KV_HEADS, PAGE, SIZE, BLOCK_L)
     wait_for_inputs(EARLY)
     sums = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -91,35 +88,17 @@ def attend_kernel(
         q = _rotated(heads_at + head[:, None] * SIZE, h[None, :], cos[None, :], sin[None, :], q_mask, SIZE).to(tl.bfloat16)
         if split == SPLITS - 1:
             key_at = heads_at + (HEADS + kv_head) * SIZE
-            k = activation(_rotated(key_at, h, cos, sin, h < SIZE, SIZE), scale_ptr, pages_ptr.dtype.element_ty, FP8)
-            v = tl.load(key_at + KV_HEADS * SIZE + h, mask=h < SIZE, other=0.0)
-            v = activation(v, scale_ptr, pages_ptr.dtype.element_ty, FP8)
             page_at = pages_ptr + ((slot // PAGE * 2 * KV_HEADS + kv_head) * PAGE + slot % PAGE) * SIZE + h
-            tl.store(page_at, k, mask=h < SIZE)
-            tl.store(page_at + KV_HEADS * PAGE * SIZE, v, mask=h < SIZE)
-            products = q.to(tl.float32) * _bf16(k).to(tl.float32)[None, :]
-            largest = tl.sum(products, 1) * (softmax_scale * kv_scale)
+            k, v = _store_new(key_at, page_at, h, cos, sin, scale_ptr, KV_HEADS, PAGE, SIZE, FP8)
+            largest = tl.sum(q.to(tl.float32) * k[None, :], 1) * factor
             total += 1.0
-            sums += _bf16(v).to(tl.float32)[None, :]
+            sums += v[None, :]
     else:
         q = tl.load(q_ptr + (token[:, None] * HEADS + head[:, None]) * SIZE + h[None, :], mask=q_mask, other=0.0)
-    for begin in range(split * parts, end, BLOCK_L):
-        position = begin + tl.arange(0, BLOCK_L)
-        inside = position < length
-        block = tl.load(block_ptr + chunk * width + position // PAGE, mask=inside, other=0).to(tl.int64)
-        at = ((block * 2 * KV_HEADS + kv_head) * PAGE + position % PAGE) * SIZE
-        mask = inside[:, None] & (h[None, :] < SIZE)
-        k = _bf16(tl.load(pages_ptr + at[:, None] + h[None, :], mask=mask, other=0.0))
-        v = _bf16(tl.load(pages_ptr + at[:, None] + KV_HEADS * PAGE * SIZE + h[None, :], mask=mask, other=0.0))
-        scores = tl.dot(q, tl.trans(k)) * (softmax_scale * kv_scale)
-        scores = tl.where(inside[None, :] & (position[None, :] <= last[:, None]), scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
-        weights = tl.exp(scores - base[:, None])
-        shrink = tl.exp(largest - base)
-        sums = tl.dot(weights.to(tl.bfloat16), v, sums * shrink[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        largest = now
+    sums, largest, total = _add_cached(
+        sums, largest, total, q, last, h, split * parts, end, blocks_at, pages_ptr, kv_head, factor,
+        KV_HEADS, PAGE, SIZE, BLOCK_L,
+    )  # fmt: skip
     sums *= kv_scale
     place = token * HEADS + head
     if SPLITS > 1:
@@ -132,6 +111,64 @@ def attend_kernel(
         sums, total = _merged(sums_ptr, largest_ptr, total_ptr, place, tokens * HEADS, h, valid, SIZE, SPLITS)
     y_at = y_ptr + place[:, None] * SIZE + h[None, :]
     store_activation(y_at, sums / total[:, None], out_scale_ptr, q_mask, FP8_OUT)
+
+
+@triton.jit
+def _add_cached(
+    sums, largest, total, q, last, h, begin, end, blocks_at, pages_ptr, kv_head, factor, KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr, SIZE: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """What queries up to positions ``last`` see of positions ``begin`` to ``end``, added to what they have seen."""
+    for first in range(begin, end, BLOCK_L):
+        position = first + tl.arange(0, BLOCK_L)
+        at = _positions_at(blocks_at, position, end, kv_head, KV_HEADS, PAGE, SIZE)
+        at = pages_ptr + at[:, None] + h[None, :]
+        mask = (position < end)[:, None] & (h[None, :] < SIZE)
+        k = _bf16(tl.load(at, mask=mask, other=0.0))
+        v = _bf16(tl.load(at + KV_HEADS * PAGE * SIZE, mask=mask, other=0.0))
+        seen = (position < end)[None, :] & (position[None, :] <= last[:, None])
+        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * factor, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, 1))
+        base = tl.where(now == float("-inf"), 0.0, now)
+        weights = tl.exp(scores - base[:, None])
+        shrink = tl.exp(largest - base)
+        sums = tl.dot(weights.to(tl.bfloat16), v, sums * shrink[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        largest = now
+    return sums, largest, total
+
+
+@triton.jit
+def _positions_at(block_ptr, position, length, kv_head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr):
+    """Where the keys of positions below ``length`` lie among the pages, by the sequence's blocks."""
+    block = tl.load(block_ptr + position // PAGE, mask=position < length, other=0).to(tl.int64)
+    return ((block * 2 * KV_HEADS + kv_head) * PAGE + position % PAGE) * SIZE
+
+
+@triton.jit
+def _prefetch_cached(
+    blocks_at, pages_ptr, begin, end, kv_head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of positions ``begin`` to ``end``, as far as 128 bytes of each go."""
+    for first in range(begin, end, BLOCK_L):
+        at = _positions_at(blocks_at, first + tl.arange(0, BLOCK_L), end, kv_head, KV_HEADS, PAGE, SIZE)
+        prefetch_lines(pages_ptr + at)
+        prefetch_lines(pages_ptr + at + KV_HEADS * PAGE * SIZE)
+
+
+@triton.jit
+def _store_new(
+    key_at, page_at, h, cos, sin, scale_ptr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """A token's key and value go to their page; returns them as they are read from there, float32."""
+    k = activation(_rotated(key_at, h, cos, sin, h < SIZE, SIZE), scale_ptr, page_at.dtype.element_ty, FP8)
+    v = tl.load(key_at + KV_HEADS * SIZE + h, mask=h < SIZE, other=0.0)
+    v = activation(v, scale_ptr, page_at.dtype.element_ty, FP8)
+    tl.store(page_at, k, mask=h < SIZE)
+    tl.store(page_at + KV_HEADS * PAGE * SIZE, v, mask=h < SIZE)
+    return _bf16(k).to(tl.float32), _bf16(v).to(tl.float32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What is done to rows between products: looking up, norm and rounding, adding up a token's experts."""
+"""Residual sum, RMS norm and rounding in one pass over a row; and the sum of a token's experts."""
 
 from __future__ import annotations
 
@@ -33,17 +33,6 @@ def norm_kernel(
         store_activation(out_1 + row + column, x * by_1, scale_1, mask, FP8_1)
     if OUTPUTS > 2:
         store_activation(out_2 + row + column, x * by_2, scale_2, mask, FP8_2)
-
-
-@triton.jit
-def embed_kernel(rows_ptr, token_ptr, x_ptr, first, count, hidden, BLOCK: tl.constexpr):
-    """A part of one row: that of the token if it is among the ``count`` from ``first`` on, zeros otherwise."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    local = tl.load(token_ptr + token).to(tl.int64) - first
-    mine = (local >= 0) & (local < count)
-    x = tl.load(rows_ptr + local * hidden + column, mask=mine & (column < hidden), other=0.0)
-    tl.store(x_ptr + token * hidden + column, x.to(tl.float32), mask=column < hidden)
 
 
 @triton.jit

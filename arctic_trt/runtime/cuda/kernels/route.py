@@ -36,11 +36,11 @@ def route_kernel(
     y_at = logits_ptr + (part * tokens + m[:, None]) * num_experts + n[None, :]
     tl.store(y_at, total, mask=(m[:, None] < tokens) & (n[None, :] < num_experts))
     if is_last(arrived_ptr + tl.program_id(1), tl.num_programs(0) * PARTS):
-        _choose(logits_ptr, expert_ptr, share_ptr, m, tokens, num_experts, first_held, held, TOP_K, PARTS, BLOCK_E)
+        choose(logits_ptr, expert_ptr, share_ptr, m, tokens, num_experts, first_held, held, TOP_K, PARTS, BLOCK_E)
 
 
 @triton.jit
-def _choose(
+def choose(
     logits_ptr, expert_ptr, share_ptr, m, tokens, num_experts, first_held, held, TOP_K: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip

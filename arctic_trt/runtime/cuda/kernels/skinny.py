@@ -27,10 +27,7 @@ def skinny_kernel(
     n = tl.program_id(0) * (BLOCK_N // HALVES) + at // HALVES
     weight_row = n + at % HALVES * columns  # a column's two halves are neighbours in the tile
     if PREFETCHED:
-        first = tl.program_id(0) * (BLOCK_N // HALVES)
-        size = tl.minimum(BLOCK_N // HALVES, columns - first) * length * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        for half in tl.static_range(HALVES):
-            prefetch(w_ptr + (first + half * columns).to(tl.int64) * length, size)
+        _prefetch_rows(w_ptr, tl.program_id(0) * (BLOCK_N // HALVES), BLOCK_N // HALVES, columns, length, HALVES)
     wait_for_inputs(EARLY)
     weight_base = w_ptr
     if TOP_K == 0:
@@ -67,11 +64,25 @@ def skinny_kernel(
         y *= tl.load(share_ptr + row, mask=valid, other=0.0)[None, :]
     mask = valid[None, :] & (n < columns)[:, None]
     if ADDED > 0:
-        slots = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for k in tl.static_range(ADDED):
-            slot = row * ADDED + k
-            held = tl.load(expert_ptr + slot, mask=valid, other=-1) >= 0
-            slot_at = added_ptr + slot.to(tl.int64)[None, :] * columns + n[:, None]
-            slots += tl.load(slot_at, mask=mask & held[None, :], other=0.0)
-        y += slots
+        y += _held_slots(added_ptr, expert_ptr, row, valid, n, columns, mask, ADDED)
     store_activation(y_ptr + row.to(tl.int64)[None, :] * columns + n[:, None], y, out_scale_ptr, mask, FP8_OUT)
+
+
+@triton.jit
+def _prefetch_rows(w_ptr, first, count: tl.constexpr, columns, length, HALVES: tl.constexpr):
+    """``count`` rows of the weight from ``first`` on, of each half."""
+    size = tl.minimum(count, columns - first) * length * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    for half in tl.static_range(HALVES):
+        prefetch(w_ptr + (first + half * columns).to(tl.int64) * length, size)
+
+
+@triton.jit
+def _held_slots(slots_ptr, expert_ptr, row, valid, n, columns, mask, COUNT: tl.constexpr):
+    """The sum of each row's ``COUNT`` slots that are held here, [columns, rows]."""
+    total = tl.zeros((n.shape[0], row.shape[0]), tl.float32)
+    for k in tl.static_range(COUNT):
+        slot = row * COUNT + k
+        held = tl.load(expert_ptr + slot, mask=valid, other=-1) >= 0
+        slot_at = slots_ptr + slot.to(tl.int64)[None, :] * columns + n[:, None]
+        total += tl.load(slot_at, mask=mask & held[None, :], other=0.0)
+    return total
