@@ -150,8 +150,7 @@ def test_every_held_slot_has_one_place_among_its_expert(block: int) -> None:
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize(("splits", "row_tokens"), [(1, 2), (3, 1), (1, 8)])
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize(("splits", "row_tokens", "size"), [(1, 2, 16), (3, 1, 24), (1, 8, 24)])
 def test_attention(fp8: bool, splits: int, row_tokens: int, size: int) -> None:
     check_attention([0, 70, 3, 0], [1, 1, 9, 20], fp8, splits, row_tokens, size)
 

@@ -66,8 +66,7 @@ def attend_kernel(
     h = tl.arange(0, BLOCK_H)
     q_mask = valid[:, None] & (h[None, :] < SIZE)
     kv_scale = tl.load(scale_ptr) if FP8 else 1.0
-    factor = softmax_scale * kv_scale
-    last = start + of_chunk
+    factor, last = softmax_scale * kv_scale, start + of_chunk
     length = start if SINGLE else tl.minimum(start + offset + ROW_TOKENS, start + count)
     parts = tl.cdiv(tl.cdiv(length, BLOCK_L), SPLITS) * BLOCK_L
     end = tl.minimum((split + 1) * parts, length)
@@ -88,24 +87,20 @@ def attend_kernel(
         q = _rotated(heads_at + head[:, None] * SIZE, h[None, :], cos[None, :], sin[None, :], q_mask, SIZE).to(tl.bfloat16)
         if split == SPLITS - 1:
             key_at = heads_at + (HEADS + kv_head) * SIZE
-            page_at = pages_ptr + ((slot // PAGE * 2 * KV_HEADS + kv_head) * PAGE + slot % PAGE) * SIZE + h
-            k, v = _store_new(key_at, page_at, h, cos, sin, scale_ptr, KV_HEADS, PAGE, SIZE, FP8)
+            k, v = _store_new(key_at, pages_ptr, slot, kv_head, h, cos, sin, scale_ptr, KV_HEADS, PAGE, SIZE, FP8)
             largest = tl.sum(q.to(tl.float32) * k[None, :], 1) * factor
             total += 1.0
             sums += v[None, :]
     else:
         q = tl.load(q_ptr + (token[:, None] * HEADS + head[:, None]) * SIZE + h[None, :], mask=q_mask, other=0.0)
     sums, largest, total = _add_cached(
-        sums, largest, total, q, last, h, split * parts, end, blocks_at, pages_ptr, kv_head, factor,
-        KV_HEADS, PAGE, SIZE, BLOCK_L,
-    )  # fmt: skip
+        sums, largest, total, q, last, h, split * parts, end, blocks_at, pages_ptr, kv_head, factor, KV_HEADS, PAGE, SIZE, BLOCK_L
+    )
     sums *= kv_scale
     place = token * HEADS + head
     if SPLITS > 1:
         out = split * tokens * HEADS + place
-        tl.store(sums_ptr + out[:, None] * SIZE + h[None, :], sums, mask=q_mask)
-        tl.store(largest_ptr + out, largest, mask=valid)
-        tl.store(total_ptr + out, total, mask=valid)
+        _store_part(sums_ptr, largest_ptr, total_ptr, out, h, sums, largest, total, valid, SIZE)
         if not is_last(arrived_ptr + row * KV_HEADS + kv_head, SPLITS):
             return
         sums, total = _merged(sums_ptr, largest_ptr, total_ptr, place, tokens * HEADS, h, valid, SIZE, SPLITS)
@@ -159,10 +154,11 @@ def _prefetch_cached(
 
 @triton.jit
 def _store_new(
-    key_at, page_at, h, cos, sin, scale_ptr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr,
-    FP8: tl.constexpr,
+    key_at, pages_ptr, slot, kv_head, h, cos, sin, scale_ptr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+    SIZE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """A token's key and value go to their page; returns them as they are read from there, float32."""
+    """A token's key and value go to their ``slot``; returns them as they are read from there, float32."""
+    page_at = pages_ptr + ((slot // PAGE * 2 * KV_HEADS + kv_head) * PAGE + slot % PAGE) * SIZE + h
     k = activation(_rotated(key_at, h, cos, sin, h < SIZE, SIZE), scale_ptr, page_at.dtype.element_ty, FP8)
     v = tl.load(key_at + KV_HEADS * SIZE + h, mask=h < SIZE, other=0.0)
     v = activation(v, scale_ptr, page_at.dtype.element_ty, FP8)
@@ -183,6 +179,13 @@ def _rotated(at, h, cos, sin, mask, SIZE: tl.constexpr):
     x = tl.load(at + h, mask=mask, other=0.0)
     partner = tl.load(at + (h + SIZE // 2) % SIZE, mask=mask, other=0.0)
     return x * cos + tl.where(h < SIZE // 2, -partner, partner) * sin
+
+
+@triton.jit
+def _store_part(sums_ptr, largest_ptr, total_ptr, at, h, sums, largest, total, valid, SIZE: tl.constexpr):
+    tl.store(sums_ptr + at[:, None] * SIZE + h[None, :], sums, mask=valid[:, None] & (h[None, :] < SIZE))
+    tl.store(largest_ptr + at, largest, mask=valid)
+    tl.store(total_ptr + at, total, mask=valid)
 
 
 @triton.jit
