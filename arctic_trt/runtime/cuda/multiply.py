@@ -87,13 +87,14 @@ def multiply(product: Product, early: bool) -> None:
 def _multiply_few(product: Product, early: bool) -> None:
     (rows, columns, length), itemsize = product.sizes, product.x.element_size()
     weight_rows, blocks = columns * (2 if product.gated else 1), product.blocks or 1
+    aligned = length * itemsize % 16 == 0 and product.projection.weight.data_ptr() % 16 == 0
     tile = plan_skinny_tile(product.rows, weight_rows, length, itemsize, blocks)
     skinny.skinny_kernel[(triton.cdiv(weight_rows, tile.columns), blocks)](
         *product.pointers,
         *(product.y if product.slots_SD is None else product.slots_SD, rows, columns, length),
         **product.meaning,
         ADDED=0 if product.added is None else product.added.top_k,
-        PREFETCHED=early and product.routed is None and length * itemsize % 16 == 0,
+        PREFETCHED=early and product.routed is None and aligned,
         **{"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.length, "PARTS": PARTS},
         num_warps=WARPS,
         num_stages=tile.buffers + 1,

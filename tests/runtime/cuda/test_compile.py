@@ -22,7 +22,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """What the compiler made of each launch of a layer of steps of 1, 8, 32 and 2,048 tokens."""
+    """What the compiler made of each launch of a layer of steps of 1, 32 and 2,048 tokens, and of a router's of 8."""
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     words = [sys.executable, "-m", "tests.support.compile_for_hopper"]
     done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=170, check=False)
@@ -53,8 +53,8 @@ def test_large_products_use_the_tensor_cores_of_warp_groups(found: Found) -> Non
 
 
 def test_products_of_few_rows_read_16_bytes_at_once_and_multiply_exact_values(found: Found) -> None:
-    products = of(found, "skinny_kernel of 1:", "skinny_kernel of 8:")
-    assert len(products) == 14
+    products = of(found, "skinny_kernel of")
+    assert len(products) == 9  # seven of one token, two of experts of 32
     for each in products:
         names = each["instructions"]
         assert "LDGSTS.E.BYPASS.128" in names and any(name.startswith("LDSM") for name in names)
@@ -64,7 +64,7 @@ def test_products_of_few_rows_read_16_bytes_at_once_and_multiply_exact_values(fo
 
 
 def test_programs_that_fit_into_a_multiprocessor_ask_for_enough(found: Found) -> None:
-    for each in of(found, "skinny_kernel of 1:", "skinny_kernel of 8:"):
+    for each in of(found, "skinny_kernel of 1:"):
         fit = min((SHARED_BYTES // (each["shared"] + 1024)), REGISTERS // (each["registers"] * each["threads"]))
         there = min(fit, each["programs"] / PROCESSORS)
         assert fit >= 3 and there * each["shared"] / 2 >= IN_FLIGHT  # weights are at least half of what is in shared memory
