@@ -47,13 +47,15 @@ class Hopper:
 def compile_instead(self: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
     def launch(*arguments: object, **options: object) -> None:
         kernel = self.warmup(*arguments, grid=grid, **options)
+        seen = {name.split(" of ")[0] for name in found}
         found[f"{self.__name__} of {tokens}: {len(found)}"] = {
             **resources(kernel.asm["cubin"]),
             "shared": kernel.metadata.shared,
             "threads": 32 * kernel.metadata.num_warps,
             "programs": math.prod(grid),
             "early": kernel.metadata.launch_pdl,
-            "instructions": sorted(instructions(kernel.asm["cubin"])),
+            "ptx": sorted(set(re.findall(r"^\s+(?:@%\w+ )?([a-zA-Z][a-zA-Z0-9_.:]+) ", kernel.asm["ptx"], re.MULTILINE))),
+            "machine": machine_code(kernel.asm["cubin"]) if tokens == 1 and self.__name__ not in seen else [],
         }
 
     return launch
@@ -73,10 +75,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "spilled": int(stack) + int(local)}
 
 
-def instructions(cubin: bytes) -> set[str]:
-    """Names of the machine's instructions."""
+def machine_code(cubin: bytes) -> list[str]:
+    """Names of the machine's instructions; to start the disassembler takes longer than to compile."""
     said = disassembled(knobs.nvidia.nvdisasm.path, cubin, "-c")
-    return set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", said, re.MULTILINE))
+    return sorted(set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", said, re.MULTILINE)))
 
 
 def projection(*shape: int) -> Projection:

@@ -49,18 +49,19 @@ def test_every_kernel_fits_without_spilling(found: Found) -> None:
 def test_large_products_use_the_tensor_cores_of_warp_groups(found: Found) -> None:
     products = of(found, "project_kernel of 2048", "attend_kernel of 2048")
     assert len(products) == 8
-    assert sum(any(name.startswith(("HGMMA", "QGMMA")) for name in each["instructions"]) for each in products) >= 5
+    assert sum(any(name.startswith("wgmma.mma_async") for name in each["ptx"]) for each in products) >= 5
 
 
 def test_products_of_few_rows_read_16_bytes_at_once_and_multiply_exact_values(found: Found) -> None:
     products = of(found, "skinny_kernel of")
     assert len(products) == 9  # seven of one token, two of experts of 32
     for each in products:
-        names = each["instructions"]
-        assert "LDGSTS.E.BYPASS.128" in names and any(name.startswith("LDSM") for name in names)
-        assert {"HMMA.16816.F32", "HMMA.16816.F32.BF16"} & set(names)  # e4m3 codes are float16 numbers: no product is rounded
-        assert not any(name.startswith(("QMMA", "QGMMA", "LDG.E.U8")) for name in names)
+        (product,) = {name for name in each["ptx"] if name.startswith(("mma.", "wgmma."))}
+        assert product.endswith((".f32.f16.f16.f32", ".f32.bf16.bf16.f32"))  # e4m3 codes are float16 numbers
+        assert {name for name in each["ptx"] if name.startswith("cp.async.c")} == {"cp.async.cg.shared.global"}  # 16 bytes
         assert each["programs"] >= PROCESSORS
+    machine = set(products[0]["machine"])
+    assert {"LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32"} <= machine
 
 
 def test_programs_that_fit_into_a_multiprocessor_ask_for_enough(found: Found) -> None:
@@ -75,11 +76,13 @@ def test_launches_begin_early_but_where_streams_part_or_meet(found: Found) -> No
     late = [name.split(" of ")[0] for name, each in one.items() if not each["early"]]
     assert late == ["route_kernel", "skinny_kernel"]
     for name, each in one.items():
-        assert ("ACQBULK" in each["instructions"]) == ("PREEXIT" in each["instructions"]) == each["early"], name
-    prefetched = [name for name, each in one.items() if "UBLKPF.L2" in each["instructions"]]
+        for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            assert (word in each["ptx"]) == each["early"], name
+    prefetched = [name for name, each in one.items() if "cp.async.bulk.prefetch.L2.global" in each["ptx"]]
     assert len(prefetched) == 4  # QKV, output projection, residual fc, lm_head
+    assert any(name.startswith("prefetch") for name in of(found, "attend_kernel of 1:")[0]["ptx"])
 
 
 def test_the_last_program_sees_what_the_others_stored(found: Found) -> None:
     for each in of(found, "route_kernel of 1:", "attend_kernel of 1:"):
-        assert {"MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"} <= set(each["instructions"])
+        assert {"MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"} <= set(each["machine"])
