@@ -10,8 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from arctic_trt.runtime.cuda.ops import Routed
+from arctic_trt.runtime.cuda.twin import TwinOps, activation
+from arctic_trt.runtime.kernels import Projection
 
 MOST_GROUPS = 1023
 MM = torch.ops.aten.mm.dtype
@@ -57,6 +62,26 @@ class TorchLibrary:
 
             like = function(*map(fake, tensors), **{name: fake(value) for name, value in options.items()})
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+
+
+class RoundedTwin(TwinOps):
+    """Operations whose experts are multiplied one by one, with products that are rounded to bf16."""
+
+    def expert_gated(self, x: Tensor, routed: Routed, fc: Projection, proj: Projection) -> Tensor:
+        token_S = (torch.arange(len(routed.expert_S)) // routed.top_k).tolist()
+        linear, activated = _one_by_one(x, token_S, routed, fc).chunk(2, -1)
+        return activation(F.silu(activated) * linear, proj)
+
+    def expert_project(self, inner: Tensor, routed: Routed, proj: Projection) -> Tensor:
+        return _one_by_one(inner, list(range(len(inner))), routed, proj) * routed.share_S[:, None]
+
+
+def _one_by_one(x: Tensor, rows: list[int], routed: Routed, projection: Projection) -> Tensor:
+    products = []
+    for row, expert in zip(rows, routed.expert_S.tolist(), strict=True):
+        alpha = 1.0 if projection.alpha is None else projection.alpha[expert]
+        products.append(projection.weight[expert].double() @ x[row].double() * alpha)
+    return torch.stack(products).bfloat16().float()
 
 
 def _groups(x: Tensor, w: Tensor, offs: Tensor, like: Tensor, scale_a: Tensor | None = None, scale_b: Any = None) -> Tensor:
