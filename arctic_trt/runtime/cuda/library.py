@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arctic_trt.model.config import ArcticConfig
+from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.cuda.between import Between, Order
 from arctic_trt.runtime.cuda.ops import FusedOps, Routed
 from arctic_trt.runtime.cuda.products import (
@@ -130,10 +132,10 @@ class LibraryOps:
         return self._products.grouped(rows, projection.weight, scale_R, order.end_E)
 
 
-def make_ops(device: torch.device, ffn: int, thresholds: Thresholds = Thresholds()) -> FusedOps:
-    """Triton's kernels and torch's library on a GPU; a library that lacks something is told, and done without.
+def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds: Thresholds = Thresholds()) -> FusedOps:
+    """Triton's kernels and torch's library on ``rank``'s GPU; what the library lacks is told, and done without.
 
-    ``ffn`` is the inner size of an expert on this rank. Raises ImportError without Triton.
+    Raises ImportError without Triton.
     """
     from arctic_trt.runtime.cuda.triton_between import TritonBetween
     from arctic_trt.runtime.cuda.triton_ops import TritonOps
@@ -146,4 +148,5 @@ def make_ops(device: torch.device, ffn: int, thresholds: Thresholds = Thresholds
             "torch %s has no library products for %s on compute capability %d.%d: steps of many tokens use Triton kernels there.",
             *(torch.__version__, " and ".join(missing), *capability),
         )
+    ffn = config.intermediate_size // rank.mapping.moe_tp_size
     return LibraryOps(TritonOps(), TorchProducts(device), TritonBetween(), abilities, ffn=ffn, thresholds=thresholds)

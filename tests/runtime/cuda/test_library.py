@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arctic_trt.model.mapping import plan_mapping
 from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
+from arctic_trt.report.arctic import RELEASED
 from arctic_trt.runtime.cuda import library
 from arctic_trt.runtime.cuda.between import TwinBetween
 from arctic_trt.runtime.cuda.library import LibraryOps, SortedRouted, Thresholds, plan_dense, plan_experts
@@ -176,5 +178,5 @@ def test_what_a_library_lacks_is_told(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(library, "functions_of_torch", lambda: set(FUNCTIONS) - {lacking})
     with caplog.at_level(logging.WARNING):
-        assert isinstance(library.make_ops(torch.device("cpu"), FFN), LibraryOps)
+        assert isinstance(library.make_ops(RELEASED, plan_mapping(RELEASED, tp_size=8).rank(0), torch.device("cpu")), LibraryOps)
     assert [said in record.message for record in caplog.records] == ([True] if said else [])
