@@ -31,20 +31,24 @@ from arctic_trt.runtime.kernels import Projection
 DENSE_ROWS = 128
 """From this many rows on the library multiplies. An H200 does 412 operations of e4m3 in the time of a byte, and a row needs two
 with each byte of weights: up to 206 rows the weights are what takes time. At 128 rows a library's tiles are full."""
-EXPERT_ROWS = 32
-"""The same for experts, in rows of each on average: 2,048 tokens where two of 128 experts are chosen. The library's tiles cost as
-many operations as 128 rows an expert, 450 GFLOP a layer of one of eight ranks, which takes longer than to read its 1.67 GB; a
-block of 16 slots costs what it is. With more slots, more of their blocks read an expert again, and tiles are fuller."""
+EXPERT_ROWS = 16
+"""The same for experts, in rows of each on average: 1,024 tokens where two of 128 experts are chosen. Then slots of an expert no
+longer fit a block of 16, and its weights are read again. The library reads them once, but its tiles cost as many operations as
+128 rows an expert: 450 GFLOP a layer of one of eight ranks, two thirds of the time of its 1.67 GB, at the peak of both."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """From how many rows on the library multiplies: of a dense product, and of an expert on average."""
+    """From how many rows on the library multiplies: of a dense product, and of an expert on average.
+
+    Steps of up to ``recorded`` tokens may be CUDA graphs, in which experts are left to the kernels.
+    """
 
     dense_rows: int = DENSE_ROWS
     expert_rows: int = EXPERT_ROWS
+    recorded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +65,11 @@ def plan_dense(rows: int, weight: tuple[int, ...], fp8: bool, abilities: Abiliti
     return abilities.fp8 and not any(size % ALIGNMENT for size in weight) if fp8 else abilities.bf16
 
 
-def plan_experts(slots: int, num_experts: int, sizes: tuple[int, int], abilities: Abilities, thresholds: Thresholds) -> bool:
-    """Whether the library multiplies ``slots`` of all experts; ``sizes`` are hidden and ffn of those on this rank."""
-    if slots < thresholds.expert_rows * num_experts or not abilities.grouped:
+def plan_experts(
+    tokens: int, top_k: int, num_experts: int, sizes: tuple[int, int], abilities: Abilities, thresholds: Thresholds
+) -> bool:
+    """Whether the library multiplies for ``top_k`` of all experts a token; ``sizes`` are hidden and ffn of those on this rank."""
+    if tokens <= thresholds.recorded or tokens * top_k < thresholds.expert_rows * num_experts or not abilities.grouped:
         return False
     return not any(size % ALIGNMENT for size in sizes) and 2 * max(sizes) <= WIDEST
 
@@ -86,7 +92,7 @@ class LibraryOps:
     ) -> None:
         self._few, self._products, self._between = few, products, between
         self._abilities, self._ffn, self._thresholds = abilities, ffn, thresholds
-        self.norm, self.rotate_and_store, self.attend = few.norm, few.rotate_and_store, few.attend
+        self.embed, self.norm, self.attend = few.embed, few.norm, few.attend
 
     def project(self, x: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
         if not self._multiplies(x, projection):
@@ -100,7 +106,7 @@ class LibraryOps:
 
     def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int, experts: range) -> Routed:
         num_experts, hidden = router_ED.shape
-        if not plan_experts(len(x_TD) * top_k, num_experts, (hidden, self._ffn), self._abilities, self._thresholds):
+        if not plan_experts(len(x_TD), top_k, num_experts, (hidden, self._ffn), self._abilities, self._thresholds):
             return self._few.route(x_TD, router_ED, top_k, experts)
         logits_TE = self._products.dense(x_TD, router_ED.float(), None, torch.float32)
         expert_S, share_S = self._between.choose(logits_TE, top_k, experts)
@@ -121,6 +127,13 @@ class LibraryOps:
         if not isinstance(routed, SortedRouted):
             return self._few.combine(y_TD, slots_SD, routed)
         return self._between.add(y_TD, slots_SD, routed.expert_S, routed.share_S, routed.order)
+
+    def project_and_combine(
+        self, x: Tensor, projection: Projection, slots_SD: Tensor, routed: Routed, dtype: torch.dtype
+    ) -> Tensor:
+        if isinstance(routed, SortedRouted) or self._multiplies(x, projection):
+            return self.combine(self.project(x, projection, dtype), slots_SD, routed)
+        return self._few.project_and_combine(x, projection, slots_SD, routed, dtype)
 
     def _multiplies(self, x: Tensor, projection: Projection) -> bool:
         fp8 = projection.alpha is not None

@@ -16,8 +16,7 @@ What the library takes and gives, as torch 2.8 to 2.13 have it (``aten/src/ATen/
 * ``mm(x, w, out_dtype=)`` gives float32 of bf16, on CUDA alone.
 
 ``use_fast_accum`` stays False: partial sums of e4m3 go to float32 every 128 terms, as in the Triton kernels. None of these waits
-for the device. Grouped products in a replayed CUDA graph were reported to fail (pytorch issue 169970), so no recorded step may
-be large enough for them.
+for the device. Grouped products in a replayed CUDA graph were reported to fail (pytorch issue 169970): they are not recorded.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ import triton
 from torch import Tensor
 
 from arctic_trt.runtime.cuda.between import Order
-from arctic_trt.runtime.cuda.kernels import between, route
+from arctic_trt.runtime.cuda.kernels import between
+from arctic_trt.runtime.cuda.tiles import power_of_2
 from arctic_trt.runtime.kernels import Projection
 
+CHOOSE_BLOCK = 8
+"""Tokens that a program chooses experts for."""
 SORT_BLOCK, SORT_PART = 64, 16
 """Slots, and blocks of them, that a program of sorting looks at together."""
 ROW_BLOCK = 1024
@@ -23,16 +26,15 @@ class TritonBetween:
         tokens, num_experts = logits_TE.shape
         expert_S = torch.empty(tokens * top_k, dtype=torch.int32, device=logits_TE.device)
         share_S = torch.empty(tokens * top_k, device=logits_TE.device)
-        route.route_kernel[(tokens,)](
-            *(logits_TE, expert_S, share_S, num_experts, experts.start, len(experts)),
-            **{"TOP_K": top_k, "PARTS": 1, "BLOCK": triton.next_power_of_2(num_experts)},
-            num_warps=1,
+        between.choose_kernel[(triton.cdiv(tokens, CHOOSE_BLOCK),)](
+            *(logits_TE, expert_S, share_S, tokens, num_experts, experts.start, len(experts)),
+            **{"TOP_K": top_k, "BM": CHOOSE_BLOCK, "BLOCK_E": power_of_2(num_experts)},
         )
         return expert_S, share_S
 
     def sort(self, expert_S: Tensor, top_k: int, num_experts: int) -> Order:
         slots, device = len(expert_S), expert_S.device
-        blocks, padded = triton.cdiv(slots, SORT_BLOCK), triton.next_power_of_2(num_experts)
+        blocks, padded = triton.cdiv(slots, SORT_BLOCK), power_of_2(num_experts)
         count = torch.empty(blocks, padded, dtype=torch.int32, device=device)
         token_R, expert_R, row_S = (torch.empty(slots, dtype=torch.int32, device=device) for _ in range(3))
         end_E = torch.empty(num_experts, dtype=torch.int32, device=device)
@@ -48,7 +50,7 @@ class TritonBetween:
         length = x.shape[1] * x.element_size()
         between.gather_kernel[(len(rows),)](
             *(x.view(torch.uint8), order.token_R, order.end_E[-1:], rows.view(torch.uint8), length),
-            BLOCK=triton.next_power_of_2(length),
+            BLOCK=power_of_2(length),
         )
         return rows
 

@@ -18,7 +18,7 @@ from arctic_trt.runtime.batcher import most_step_tokens
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
 from arctic_trt.runtime.cuda.graphs import graph_sizes
-from arctic_trt.runtime.cuda.library import make_ops
+from arctic_trt.runtime.cuda.library import Thresholds, make_ops
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import KvCache
@@ -36,9 +36,9 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
     Raises :class:`CheckpointError` for an engine file that is not there or not right, :class:`RefusedError` for a GPU into which
     they do not fit, or without Triton.
     """
-    config, _, quant = engine.network()
+    (config, _, quant), limits = engine.network(), engine.build_config
     try:
-        ops = make_ops(config, rank, device)
+        ops = make_ops(config, rank, device, Thresholds(recorded=limits.max_batch_size))
     except ImportError as error:
         raise RefusedError(f"--device cuda needs Triton, which cannot be imported ({error}).", "pip install triton") from None
     uploader = _Progress(device)
@@ -59,7 +59,6 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
         device=device,
         spare_blocks=1,
     )
-    limits = engine.build_config
     most_tokens = most_step_tokens(limits)
     network = CudaNetwork(
         *(config, rank, weights, cache, comm, ops),

@@ -101,5 +101,5 @@ def test_kernels_compile_for_full_size_arctic() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     names = {name.split(" of ")[0] for name in found}
-    assert names == {"route_kernel", "count_kernel", "place_kernel", "gather_kernel", "gate_kernel", "add_kernel"}
+    assert names == {"choose_kernel", "count_kernel", "place_kernel", "gather_kernel", "gate_kernel", "add_kernel"}
     assert not any(each["spills"] for each in found.values())

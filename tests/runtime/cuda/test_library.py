@@ -57,7 +57,8 @@ def experts_of(ops: FusedOps, x: Tensor, router: Tensor, experts: range, fp8: bo
     fc, proj = projection(len(experts), 2 * FFN, HIDDEN, fp8=fp8), projection(len(experts), HIDDEN, FFN, fp8=fp8)
     routed = ops.route(x, router, 2, experts)
     slots = ops.expert_project(ops.expert_gated(codes(len(x), HIDDEN, fc), routed, fc, proj), routed, proj)
-    return ops.combine(torch.randn(len(x), HIDDEN), slots, routed)
+    residual = projection(HIDDEN, FFN, fp8=fp8)
+    return ops.project_and_combine(codes(len(x), FFN, residual), residual, slots, routed, torch.float32)
 
 
 def assert_like(found: Tensor, rounded: Tensor, exact: Tensor) -> None:
@@ -84,8 +85,8 @@ def test_dense_products_of_many_rows_go_to_the_library(rows: int, weight: tuple[
 @pytest.mark.parametrize(
     ("tokens", "sizes", "wanted"),
     [
-        (2048, (7168, 608), True),
-        (2047, (7168, 608), False),
+        (1024, (7168, 608), True),
+        (1023, (7168, 608), False),
         (4096, (7168, 4864), True),
         (4096, (7168, 600), False),
         (4096, (7160, 608), False),
@@ -93,8 +94,10 @@ def test_dense_products_of_many_rows_go_to_the_library(rows: int, weight: tuple[
     ],
 )
 def test_many_rows_an_expert_go_to_the_library(tokens: int, sizes: tuple[int, int], wanted: bool) -> None:
-    assert plan_experts(2 * tokens, 128, sizes, ALL, USUAL) is wanted
-    assert not plan_experts(2 * tokens, 128, sizes, replace(ALL, grouped=False), USUAL)
+    assert plan_experts(tokens, 2, 128, sizes, ALL, USUAL) is wanted
+    assert not plan_experts(tokens, 2, 128, sizes, replace(ALL, grouped=False), USUAL)
+    assert not plan_experts(tokens, 2, 128, sizes, ALL, Thresholds(recorded=tokens))
+    assert plan_experts(tokens, 2, 128, sizes, ALL, Thresholds(recorded=tokens - 1)) is wanted
 
 
 @pytest.mark.parametrize("fp8", [True, False])
@@ -123,7 +126,8 @@ def test_experts(fp8: bool, data: st.DataObject) -> None:
     x, router = torch.randn(tokens, HIDDEN), torch.randn(EXPERTS, HIDDEN)
     ops, called = joined()
     assert_like(*(experts_of(each, x, router, experts, fp8) for each in (ops, RoundedTwin(), TWIN)))
-    assert called.calls == ["mm", *["_scaled_grouped_mm" if fp8 else "_grouped_mm"] * 2]
+    grouped, dense = ("_scaled_grouped_mm", "_scaled_mm") if fp8 else ("_grouped_mm", "mm")
+    assert called.calls == ["mm", grouped, grouped, dense]
 
 
 @pytest.mark.parametrize("experts", [range(6), range(2, 3), range(4, 6)])

@@ -6,6 +6,17 @@ import triton
 import triton.language as tl
 
 from arctic_trt.runtime.cuda.kernels.common import silu, store_activation
+from arctic_trt.runtime.cuda.kernels.route import choose
+
+
+@triton.jit
+def choose_kernel(
+    logits_ptr, expert_ptr, share_ptr, tokens, num_experts, first_held, held, TOP_K: tl.constexpr, BM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Experts of a block of tokens, of logits that are whole."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    choose(logits_ptr, expert_ptr, share_ptr, m, tokens, num_experts, first_held, held, TOP_K, 1, BLOCK_E)
 
 
 @triton.jit
