@@ -92,7 +92,7 @@ class LibraryOps:
     ) -> None:
         self._few, self._products, self._between = few, products, between
         self._abilities, self._ffn, self._thresholds = abilities, ffn, thresholds
-        self.embed, self.norm, self.attend = few.embed, few.norm, few.attend
+        self.norm, self.attend = few.norm, few.attend
 
     def project(self, x: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
         if not self._multiplies(x, projection):

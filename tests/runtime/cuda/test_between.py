@@ -102,4 +102,6 @@ def test_kernels_compile_for_full_size_arctic() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     names = {name.split(" of ")[0] for name in found}
     assert names == {"choose_kernel", "count_kernel", "place_kernel", "gather_kernel", "gate_kernel", "add_kernel"}
-    assert not any(each["spills"] for each in found.values())
+    assert not any(each["spilled"] for each in found.values())
+    rows = [each for name, each in found.items() if name.startswith(("gather_kernel", "gate_kernel", "add_kernel"))]
+    assert len(rows) == 4 and all("LDG.E.128" in each["instructions"] for each in rows), "rows are read 16 bytes at once"

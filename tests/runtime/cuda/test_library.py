@@ -14,17 +14,22 @@ from torch import Tensor
 from arctic_trt.model.mapping import plan_mapping
 from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
 from arctic_trt.report.arctic import RELEASED
+from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.cuda import library
 from arctic_trt.runtime.cuda.between import TwinBetween
 from arctic_trt.runtime.cuda.library import LibraryOps, SortedRouted, Thresholds, plan_dense, plan_experts
+from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.ops import FusedOps
 from arctic_trt.runtime.cuda.products import FUNCTIONS, Abilities, TorchProducts
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.kernels import Projection
+from tests.runtime.conftest import Model
+from tests.support.cuda_networks import mixed_steps, twin_worker
 from tests.support.torch_library import RoundedTwin, TorchLibrary
 
 HIDDEN, FFN, EXPERTS = 48, 32, 6
 ALL = Abilities(fp8=True, bf16=True, grouped=True)
+RECIPES = {"fp8": {}, "bf16": {"qformat": "full_prec"}}
 ALWAYS = Thresholds(dense_rows=1, expert_rows=0)
 USUAL = Thresholds()
 TWIN = TwinOps()
@@ -170,6 +175,24 @@ def test_slots_lie_by_expert_in_their_own_order(experts: list[int], top_k: int) 
     held = [experts[slot] for slot in slots if experts[slot] >= 0]
     assert order.expert_R.tolist()[: len(held)] == held and 0 <= int(order.expert_R.min()) <= int(order.expert_R.max()) < 5
     assert order.end_E.tolist() == [sum(expert <= last for expert in held) for last in range(5)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", ["tiny", "unlike"])
+def test_a_network_by_the_library_is_the_same(shape: str, name: str, request: pytest.FixtureRequest) -> None:
+    """As twins that round experts' products alike, and as exact ones, as far as a network in FP8 forgives such roundings."""
+    model: Model = request.getfixturevalue(shape)
+    exact, rounded, ours = (twin_worker(model.engine(name, **RECIPES[name]), SoloCommunicator()) for _ in range(3))
+    ops, called = joined(few=TwinOps(torch.float32), ffn=model.config["intermediate_size"])
+    for worker, made in ((rounded, RoundedTwin(torch.float32)), (ours, ops)):
+        assert isinstance(worker.network, CudaNetwork)
+        worker.network._ops = made
+    for step in mixed_steps(model.prompts(30, 9, 100)):
+        wanted, close, found = (worker.lead(step) for worker in (exact, rounded, ours))
+        assert wanted is not None and close is not None and found is not None
+        assert (found - close).abs().mean(-1).median() <= 0.01
+        assert (found - wanted).abs().mean(-1).median() <= 0.05 * wanted.std()
+    assert {"mm", "_grouped_mm" if name == "bf16" else "_scaled_grouped_mm"} <= set(called.calls)
 
 
 @pytest.mark.parametrize(
