@@ -1,11 +1,6 @@
-"""Kernels between the library's products against their twins, and compiled for an H100."""
+"""Kernels between the library's products against their twins; test_compile.py has them compiled."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +12,6 @@ pytest.importorskip("triton", reason="there is no Triton for this machine")
 from arctic_trt.runtime.cuda.between import Order, TwinBetween
 from arctic_trt.runtime.cuda.triton_between import SORT_BLOCK, TritonBetween
 from arctic_trt.runtime.kernels import Projection
-from tests.support.engines import ROOT
 from tests.support.triton_interpreter import use_exact_arithmetic
 
 if DEVICE == "cpu":
@@ -92,16 +86,3 @@ def test_add(dtype: torch.dtype) -> None:
     rows_SD[int(order.end_E[-1]) :] = torch.nan  # nobody computed them
     found, wanted = (between.add(y_TD, rows_SD, expert_S, share_S, order) for between in (OURS, TWIN))
     torch.testing.assert_close(found, wanted, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-
-
-def test_kernels_compile_for_full_size_arctic() -> None:
-    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    words = [sys.executable, "-m", "tests.support.compile_between"]
-    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    names = {name.split(" of ")[0] for name in found}
-    assert names == {"choose_kernel", "count_kernel", "place_kernel", "gather_kernel", "gate_kernel", "add_kernel"}
-    assert not any(each["spilled"] for each in found.values())
-    rows = [each for name, each in found.items() if name.startswith(("gather_kernel", "gate_kernel", "add_kernel"))]
-    assert len(rows) == 4 and all("LDG.E.128" in each["instructions"] for each in rows), "rows are read 16 bytes at once"
