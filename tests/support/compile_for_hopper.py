@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from arctic_trt.runtime.cuda import triton_ops
 from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput
+from arctic_trt.runtime.cuda.triton_between import TritonBetween
 from arctic_trt.runtime.kernels import Projection, Tables
 
 HIDDEN, FFN, EXPERTS, HELD, HEADS, SIZE, PAGE = 7168, 608, 128, 4, 7, 128, 32
@@ -110,6 +111,18 @@ def compile_step(count: int) -> None:
     ops.project(x.bfloat16(), Projection(torch.empty(4000, HIDDEN, dtype=torch.bfloat16)), torch.float32)
 
 
+def compile_between(count: int) -> None:
+    """What lies between the library's products."""
+    between = TritonBetween()
+    expert_S, share_S = between.choose(torch.empty(count, EXPERTS), 2, range(EXPERTS))
+    order = between.sort(expert_S, 2, EXPERTS)
+    between.gather(codes(count, HIDDEN), order)
+    between.gate(torch.empty(2 * count, 2 * FFN, dtype=torch.bfloat16), projection(HIDDEN, FFN), order)
+    between.gate(torch.empty(count, 2 * 896), projection(HIDDEN, 896), None)
+    rows = torch.empty(2 * count, HIDDEN, dtype=torch.bfloat16)
+    between.add(torch.empty(count, HIDDEN, dtype=torch.bfloat16), rows, expert_S, share_S, order)
+
+
 if __name__ == "__main__":
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_instead
@@ -117,6 +130,7 @@ if __name__ == "__main__":
     triton_ops.plan_blocks = lambda expert_S, *sizes: plan_blocks(torch.zeros_like(expert_S), *sizes)
     for tokens in (1, 32, 2048):
         compile_step(tokens)
+    compile_between(tokens)
     tokens = 8
     triton_ops.TritonOps().route(torch.empty(tokens, HIDDEN), torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
     print(json.dumps(found))

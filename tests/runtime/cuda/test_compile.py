@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -40,6 +41,7 @@ def test_every_kernel_fits_without_spilling(found: Found) -> None:
     assert names == {
         *("norm_kernel", "skinny_kernel", "project_kernel", "combine_kernel"),
         *("route_kernel", "plan_kernel", "rotate_and_store_kernel", "attend_kernel"),
+        *("choose_kernel", "count_kernel", "place_kernel", "gather_kernel", "gate_kernel", "add_kernel"),
     }
     for name, each in found.items():
         assert each["spilled"] == 0 and each["shared"] <= SHARED_BYTES, name
@@ -50,6 +52,13 @@ def test_large_products_use_the_tensor_cores_of_warp_groups(found: Found) -> Non
     products = of(found, "project_kernel of 2048", "attend_kernel of 2048")
     assert len(products) == 8
     assert sum(any(name.startswith("wgmma.mma_async") for name in each["ptx"]) for each in products) >= 5
+
+
+def test_rows_between_products_are_read_16_bytes_at_once(found: Found) -> None:
+    rows = of(found, "gather_kernel", "gate_kernel", "add_kernel")
+    assert len(rows) == 4
+    for each in rows:
+        assert any(re.match(r"ld\.global.*\.(v4\.b32|v2\.b64)", name) for name in each["ptx"]), each["ptx"]
 
 
 def test_products_of_few_rows_read_16_bytes_at_once_and_multiply_exact_values(found: Found) -> None:
