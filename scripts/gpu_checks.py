@@ -23,7 +23,7 @@ from arctic_trt.engine.config import plan_build_config, read_engine_config
 from arctic_trt.engine.torch.build import build_torch_engine, plan_torch_build
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import AttentionWeights, MlpWeights, on_device
-from arctic_trt.model.mapping import plan_mapping
+from arctic_trt.model.mapping import Rank, plan_mapping
 from arctic_trt.quantize.fp8 import cast_e4m3, scale_from_amax
 from arctic_trt.quantize.pipeline import run_quantization
 from arctic_trt.quantize.plan import plan_quantization
@@ -32,6 +32,7 @@ from arctic_trt.recipes import QuantizeRecipe
 from arctic_trt.report.arctic import RELEASED
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
+from arctic_trt.runtime.cuda.library import Thresholds
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.ops import FusedOps
 from arctic_trt.runtime.cuda.twin import TwinOps
@@ -82,13 +83,12 @@ class Place:
     device: torch.device
     size: Size
     directory: Path
-    ops: Callable[[torch.device], FusedOps] = field(default=choose_ops)
+    choose_ops: Callable[[ArcticConfig, Rank, torch.device, Thresholds], FusedOps] = field(default=choose_ops)
 
     @cached_property
     def weights(self) -> RankWeights:
         """Of the full-width rank, made by the CPU, on the device."""
-        rank = plan_mapping(self.size.config, tp_size=TP_SIZE).rank(0)
-        return random_weights(self.size.config, rank, CPU, lambda weight: weight.to(self.device))
+        return random_weights(self.size.config, self.rank, CPU, lambda weight: weight.to(self.device))
 
     @cached_property
     def engine_dir(self) -> Path:
@@ -99,10 +99,18 @@ class Place:
         checkpoint.close()
         return self.directory / "engine"
 
+    @property
+    def rank(self) -> Rank:
+        """Of the full width."""
+        return plan_mapping(self.size.config, tp_size=TP_SIZE).rank(0)
+
+    def ops(self, config: ArcticConfig, rank: Rank) -> FusedOps:
+        """What the device computes ``rank`` with."""
+        return self.choose_ops(config, rank, self.device, Thresholds())
+
     def rank_network(self, ops: FusedOps, room: KvRoom, graphs: list[int]) -> CudaNetwork:
         """The full-width rank on the device."""
-        config = self.size.config
-        rank = plan_mapping(config, tp_size=TP_SIZE).rank(0)
+        config, rank = self.size.config, self.rank
         graphs, positions = (
             graphs if self.device.type == "cuda" else [],
             min(2 * self.size.context, config.max_position_embeddings),
@@ -130,7 +138,7 @@ def tiny_logits(place: Place) -> Iterator[Row]:
     room = logits_check.room_for(place.size.logits)
     ours = load_worker(place.engine_dir, config, quant, mapping.rank(0), SoloCommunicator())
     ours.reserve(room)
-    theirs = place.tiny_network(place.ops(place.device), room, GRAPHS)
+    theirs = place.tiny_network(place.ops(config, mapping.rank(0)), room, GRAPHS)
     rounded = place.tiny_network(Rounded(TwinOps()), room, [])  # twins ask the device for numbers, which no graph can
     yield from _compare(ours.network, theirs, rounded, place.size.logits, room, config.vocab_size)
 
@@ -138,8 +146,9 @@ def tiny_logits(place: Place) -> Iterator[Row]:
 def rank_logits(place: Place) -> Iterator[Row]:
     """Logits of two layers of the full width, rank 0 of eight without the others, against the CPU engine's."""
     config, room = place.size.config, logits_check.room_for(place.size.logits)
-    ours = make_cpu_network(config, plan_mapping(config, tp_size=TP_SIZE).rank(0), room)
-    theirs, rounded = place.rank_network(place.ops(place.device), room, GRAPHS), place.rank_network(Rounded(TwinOps()), room, [])
+    ours = make_cpu_network(config, place.rank, room)
+    theirs = place.rank_network(place.ops(config, place.rank), room, GRAPHS)
+    rounded = place.rank_network(Rounded(TwinOps()), room, [])
     yield from _compare(ours, theirs, rounded, place.size.logits, room, held_words(config, ours.rank))
 
 
@@ -153,7 +162,7 @@ def _compare(
 
 def kernels(place: Place) -> Iterator[Row]:
     """Each operation of the full-width rank's steps against its twin."""
-    both, size = kernel_check.BothWays(place.ops(place.device), TwinOps()), place.size
+    both, size = kernel_check.BothWays(place.ops(place.size.config, place.rank), TwinOps()), place.size
     blocks = KvRoom(0).blocks_for(size.context)
     room = KvRoom(max(max(size.decodes) * blocks, KvRoom(0).blocks_for(max(size.prefills))))
     network = place.rank_network(both, room, [])
@@ -174,7 +183,7 @@ def launches(place: Place) -> Iterator[Row]:
         yield "decode step", True, "needs a GPU: not looked at"
         return
     context, room = place.size.context, KvRoom(4 * KvRoom(0).blocks_for(place.size.context))
-    network = place.rank_network(place.ops(place.device), room, GRAPHS)
+    network = place.rank_network(place.ops(place.size.config, place.rank), room, GRAPHS)
     for sequences in (1, 3):
         step, freed = steps_of(sequences, 1, context, room, network)
         network.cache.assign(step)

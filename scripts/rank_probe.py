@@ -18,6 +18,7 @@ from arctic_trt.model.mapping import Rank
 from arctic_trt.report.arctic import RELEASED
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Ints
+from arctic_trt.runtime.cuda.library import Thresholds, make_ops
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.ops import FusedOps
 from arctic_trt.runtime.kv_cache import CPU, KvCache
@@ -172,12 +173,10 @@ def _fill(cache: KvCache) -> None:
         pages.view(torch.uint8).random_(0, WEIGHT_CODES)
 
 
-def choose_ops(device: torch.device) -> FusedOps:
-    """Kernels on a GPU, their twins elsewhere."""
+def choose_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds: Thresholds) -> FusedOps:
+    """Kernels and the library on a GPU, their twins elsewhere."""
     if device.type == "cuda":
-        from arctic_trt.runtime.cuda.triton_ops import TritonOps
-
-        return TritonOps()
+        return make_ops(config, rank, device, thresholds)
     from arctic_trt.runtime.cuda.twin import TwinOps
 
     return TwinOps()

@@ -36,12 +36,14 @@ LAZY = {
     *("tensorrt_llm", "tensorrt", "modelopt", "transformers", "matplotlib", "mpi4py", "numba", "datasets", "lm_eval", "tqdm"),
     *("fastapi", "starlette", "uvicorn", "tritonclient", "grpc", "triton"),
 }
-CUDA_KERNELS = ("attention", "choose", "common", "norm", "project", "route")
+CUDA_KERNELS = ("attention", "between", "choose", "common", "norm", "project", "route", "skinny")
 LAZY_MODULES = {
     "quantize/modelopt.py": "arctic_trt.quantize.modelopt",
     "runtime/harness.py": "arctic_trt.runtime.harness",
     "triton/openai/app.py": "arctic_trt.triton.openai.app",
+    "runtime/cuda/multiply.py": "arctic_trt.runtime.cuda.multiply",
     "runtime/cuda/triton_ops.py": "arctic_trt.runtime.cuda.triton_ops",
+    "runtime/cuda/triton_between.py": "arctic_trt.runtime.cuda.triton_between",
     **{f"runtime/cuda/kernels/{name}.py": f"arctic_trt.runtime.cuda.kernels.{name}" for name in CUDA_KERNELS},
 }
 """Modules that import a heavy library at their top, and are therefore themselves imported inside a function only."""

@@ -148,8 +148,13 @@ def gated_mlp(
 
 
 def route(x_TD: Tensor, gate_ED: Tensor, top_k: int) -> Routing:
+    """The experts that the router chooses for each token; see :func:`choose_experts`."""
+    return choose_experts(F.linear(x_TD, gate_ED), top_k)
+
+
+def choose_experts(logits_TE: Tensor, top_k: int) -> Routing:
     """Softmax over all experts in float32, the ``top_k`` largest, renormalised when there are several."""
-    share_TK, chosen_TK = F.softmax(F.linear(x_TD, gate_ED), dim=-1, dtype=torch.float).topk(top_k, -1)
+    share_TK, chosen_TK = F.softmax(logits_TE, dim=-1, dtype=torch.float).topk(top_k, -1)
     if top_k > 1:
         share_TK = share_TK / share_TK.sum(-1, keepdim=True)
     return Routing(chosen_TK, share_TK)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from arctic_trt.model.mapping import plan_mapping
 from arctic_trt.report.arctic import RELEASED
 from arctic_trt.runtime.blocks import KvRoom
+from arctic_trt.runtime.cuda.library import Thresholds
 from tests.support.engines import ROOT
 from tests.support.scripts import load_script
 
@@ -92,9 +93,9 @@ def test_a_token_reads_its_two_experts_and_all_that_is_dense() -> None:
 def test_tokens_are_those_that_the_rank_embeds() -> None:
     """Others are zeros without the other ranks, and all experts alike to them."""
     rank = plan_mapping(rank_probe.SMALL, tp_size=8).rank(0)
-    network = rank_probe.make_network(
-        rank_probe.SMALL, rank, rank_probe.choose_ops(rank_probe.CPU), rank_probe.CPU, room=KvRoom(8), max_seq_len=64, graphs=[]
-    )
+    config, cpu = rank_probe.SMALL, rank_probe.CPU
+    ops = rank_probe.choose_ops(config, rank, cpu, Thresholds())
+    network = rank_probe.make_network(config, rank, ops, cpu, room=KvRoom(8), max_seq_len=64, graphs=[])
     step, _ = rank_probe.steps_of(2, 60, 60, KvRoom(8), network)
     tokens = {token for chunk in step.chunks for token in chunk.tokens}
     assert max(tokens) < len(network.weights.embedding) and len(tokens) > 50

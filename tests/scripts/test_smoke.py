@@ -28,6 +28,7 @@ def lines(done: subprocess.CompletedProcess[str], verdict: str) -> list[str]:
     return [line.split("  ")[1].strip() for line in done.stdout.splitlines() if line.startswith(verdict)]
 
 
+@pytest.mark.timeout(240)  # a dozen programs one after another, on machines that have other work too
 def test_wrong_answers_fail_and_everything_else_passes(tmp_path: Path) -> None:
     """The stand-in's tokens are not the model's; its builds and streams are as they should be."""
     standin = install_standin(tmp_path / "standin", gpus=2)

@@ -6,6 +6,7 @@ Run it as a program of its own: whether Triton interprets or compiles is decided
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from arctic_trt.runtime.cuda import triton_ops
 from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput
+from arctic_trt.runtime.cuda.triton_between import TritonBetween
 from arctic_trt.runtime.kernels import Projection, Tables
 
 HIDDEN, FFN, EXPERTS, HELD, HEADS, SIZE, PAGE = 7168, 608, 128, 4, 7, 128, 32
@@ -43,25 +45,41 @@ class Hopper:
         return torch.device("cpu")
 
 
-def compile_instead(self: JITFunction, grid: object) -> Callable[..., None]:
+def compile_instead(self: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
     def launch(*arguments: object, **options: object) -> None:
         kernel = self.warmup(*arguments, grid=grid, **options)
-        name = f"{self.__name__} of {tokens}: {len(found)}"
-        wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-        found[name] = {"wgmma": wgmma, "spills": spills(kernel.asm["cubin"]), "shared": kernel.metadata.shared}
+        seen = {name.split(" of ")[0] for name in found}
+        found[f"{self.__name__} of {tokens}: {len(found)}"] = {
+            **resources(kernel.asm["cubin"]),
+            "shared": kernel.metadata.shared,
+            "threads": 32 * kernel.metadata.num_warps,
+            "programs": math.prod(grid),
+            "early": kernel.metadata.launch_pdl,
+            "ptx": sorted(set(re.findall(r"^\s+(?:@%\w+ )?([a-zA-Z][a-zA-Z0-9_.:]+) ", kernel.asm["ptx"], re.MULTILINE))),
+            "machine": machine_code(kernel.asm["cubin"]) if tokens == 1 and self.__name__ not in seen else [],
+        }
 
     return launch
 
 
-def spills(cubin: bytes) -> bool:
-    """Whether registers did not suffice, by what the machine code says that it needs."""
+def disassembled(tool: str, cubin: bytes, *words: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        words = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    (stack,), (local,) = (re.findall(rf"{kind}:(\d+)", said) for kind in ("STACK", "LOCAL"))
-    return int(stack) + int(local) > 0
+        return subprocess.run([tool, *words, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of memory in which it keeps what they do not hold."""
+    said = disassembled(knobs.nvidia.cuobjdump.path, cubin, "--dump-resource-usage")
+    (stack,), (local,), (registers,) = (re.findall(rf"{kind}:(\d+)", said) for kind in ("STACK", "LOCAL", "REG"))
+    return {"registers": int(registers), "spilled": int(stack) + int(local)}
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """Names of the machine's instructions; to start the disassembler takes longer than to compile."""
+    said = disassembled(knobs.nvidia.nvdisasm.path, cubin, "-c")
+    return sorted(set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", said, re.MULTILINE)))
 
 
 def projection(*shape: int) -> Projection:
@@ -74,25 +92,37 @@ def codes(rows: int, length: int) -> Tensor:
 
 
 def compile_step(count: int) -> None:
-    ops, x = triton_ops.TritonOps(), torch.empty(count, HIDDEN)
+    """What a layer and the end of a network launch, in the order in which they do."""
+    ops, x, ints = triton_ops.TritonOps(early=True), torch.empty(count, HIDDEN), torch.zeros(count, dtype=torch.int32)
     reader, fc, proj = projection(8, HIDDEN), projection(HELD, 2 * FFN, HIDDEN), projection(HELD, HIDDEN, FFN)
-    ints = torch.zeros(count, dtype=torch.int32)
     ops.embed(ints, ints, torch.empty(4000, HIDDEN, dtype=torch.bfloat16), 0)
-    ops.choose(torch.empty(count, 32000), ints, torch.zeros(count, 5, dtype=torch.float64), ints)
     ops.norm(x, x, [NormOutput(torch.ones(HIDDEN), each) for each in (reader, reader, None)], 1e-5)
-    ops.project(codes(count, HIDDEN), projection((HEADS + 2) * SIZE, HIDDEN), torch.float32)
-    ops.project(x.bfloat16(), Projection(torch.empty(4000, HIDDEN, dtype=torch.bfloat16)), torch.float32)
-    ops.gated(codes(count, HIDDEN), projection(2 * 896, HIDDEN), projection(HIDDEN, 896))
     routed = ops.route(x, torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
-    inner = ops.expert_gated(codes(count, HIDDEN), routed, fc, proj)
-    ops.combine(x, ops.expert_project(inner, routed, proj), routed)
-    pages = torch.empty(4, 2, 1, PAGE, SIZE, dtype=torch.float8_e4m3fn)
-    rotary = torch.empty(9, SIZE), torch.empty(9, SIZE)
-    q_TNH = ops.rotate_and_store(torch.empty(count, (HEADS + 2) * SIZE), rotary, ints, pages, ints, torch.ones(1))
-    decoding = count < 100
+    slots_SD = ops.expert_project(ops.expert_gated(codes(count, HIDDEN), routed, fc, proj), routed, proj)
+    qkv = ops.project(codes(count, HIDDEN), projection((HEADS + 2) * SIZE, HIDDEN), torch.float32)
+    pages, rotary = torch.empty(4, 2, 1, PAGE, SIZE, dtype=torch.float8_e4m3fn), (torch.empty(9, SIZE), torch.empty(9, SIZE))
     tables = Tables(ints, ints, torch.zeros(count, 128, dtype=torch.int32))
-    rows = AttentionRows(tables, ints, ints, ints, 2 if decoding else 9, 8 if decoding else 1)
-    ops.attend(q_TNH, pages, rows, torch.ones(1), projection(HIDDEN, 896))
+    single = count < 100
+    splits = max(1, min(16, 256 // count))
+    rows = AttentionRows(tables, ints, ints, ints, 1 if single else 9, splits, single)
+    dense = projection(HIDDEN, 896)
+    ops.project(ops.attend(qkv, rotary, ints, pages, ints, rows, torch.ones(1), dense), dense, torch.float32)
+    residual = ops.gated(codes(count, HIDDEN), projection(2 * 896, HIDDEN), dense)
+    ops.project_and_combine(residual, dense, slots_SD, routed, torch.float32)
+    ops.project(x.bfloat16(), Projection(torch.empty(4000, HIDDEN, dtype=torch.bfloat16)), torch.float32)
+    ops.choose(torch.empty(count, 32000), ints, torch.zeros(count, 5, dtype=torch.float64), ints)
+
+
+def compile_between(count: int) -> None:
+    """What lies between the library's products."""
+    between = TritonBetween()
+    expert_S, share_S = between.choose(torch.empty(count, EXPERTS), 2, range(EXPERTS))
+    order = between.sort(expert_S, 2, EXPERTS)
+    between.gather(codes(count, HIDDEN), order)
+    between.gate(torch.empty(2 * count, 2 * FFN, dtype=torch.bfloat16), projection(HIDDEN, FFN), order)
+    between.gate(torch.empty(count, 2 * 896), projection(HIDDEN, 896), None)
+    rows = torch.empty(2 * count, HIDDEN, dtype=torch.bfloat16)
+    between.add(torch.empty(count, HIDDEN, dtype=torch.bfloat16), rows, expert_S, share_S, order)
 
 
 if __name__ == "__main__":
@@ -102,4 +132,7 @@ if __name__ == "__main__":
     triton_ops.plan_blocks = lambda expert_S, *sizes: plan_blocks(torch.zeros_like(expert_S), *sizes)
     for tokens in (1, 32, 2048):
         compile_step(tokens)
+    compile_between(tokens)
+    tokens = 8
+    triton_ops.TritonOps().route(torch.empty(tokens, HIDDEN), torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
     print(json.dumps(found))

@@ -227,15 +227,14 @@ class CudaNetwork:
             inner = ops.expert_gated(experts_in, routed, weights.expert_fc, weights.expert_proj)
             slots_SD = ops.expert_project(inner, routed, weights.expert_proj)
         qkv = ops.project(attention_in, weights.qkv, torch.float32)
-        q_TNH = ops.rotate_and_store(qkv, self._rotary, step.position_T, pages, step.slot_T, weights.kv_scale)
-        attended = ops.attend(q_TNH, pages, step.rows, weights.kv_scale, weights.dense)
+        places = (step.position_T, pages, step.slot_T, step.rows)
+        attended = ops.attend(qkv, self._rotary, *places, weights.kv_scale, weights.dense)
         attended_TD = ops.project(attended, weights.dense, reduced)
         self.comm.all_reduce(attended_TD)
         sum_TD, residual_in = ops.norm(x_TD, attended_TD, [NormOutput(weights.residual_norm, weights.residual_fc)], eps)
         residual = ops.gated(residual_in, weights.residual_fc, weights.residual_proj)
-        residual_TD = ops.project(residual, weights.residual_proj, reduced)
         self._meet()
-        added_TD = ops.combine(residual_TD, slots_SD, routed)
+        added_TD = ops.project_and_combine(residual, weights.residual_proj, slots_SD, routed, reduced)
         self.comm.all_reduce(added_TD)
         return sum_TD, added_TD
 

@@ -85,16 +85,27 @@ class FusedOps(Protocol):
     def combine(self, y_TD: Tensor, slots_SD: Tensor, routed: Routed) -> Tensor:
         """``y_TD`` and each token's held slots, added in float32, in the dtype of ``y_TD``."""
 
-    def rotate_and_store(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], position_T: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None
+    def project_and_combine(
+        self, x: Tensor, projection: Projection, slots_SD: Tensor, routed: Routed, dtype: torch.dtype
     ) -> Tensor:
-        """Rotated queries, bf16 [T, N, H], of float32 ``qkv`` [T, (N + 2 K) H]; keys and values go to ``pages`` [B, 2, K, P, H].
+        """What :meth:`project` and :meth:`combine` give."""
 
-        ``rotary`` are cosines and sines [positions, H].
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        position_T: Tensor,
+        pages: Tensor,
+        slot_T: Tensor,
+        rows: AttentionRows,
+        scale: Tensor | None,
+        reader: Projection,
+    ) -> Tensor:
+        """Causal attention of float32 ``qkv`` [T, (N + 2 K) H] over the cache, as the activation of ``reader``, [T, N * H].
+
+        Queries and keys are rotated, by cosines and sines [positions, H]. Keys and values go to their places among ``pages``
+        [B, 2, K, P, H], and are attended to as they are there. Queries are bf16.
         """
-
-    def attend(self, q_TNH: Tensor, pages: Tensor, rows: AttentionRows, scale: Tensor | None, reader: Projection) -> Tensor:
-        """Causal attention over the cache as the activation of ``reader``, [T, N * H]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ class AttentionRows:
     """A step's tables, and how its queries are cut: block ``r`` has the tokens from ``offset_R`` on of chunk ``chunk_R``.
 
     It has ``tokens`` at most; ``first_C`` is the packed place of a chunk's first token. All are int32. Positions are cut into
-    ``splits`` parts.
+    ``splits`` parts. ``single`` says that no chunk has more than one token.
     """
 
     tables: Tables
@@ -111,6 +122,7 @@ class AttentionRows:
     offset_R: Tensor
     tokens: int
     splits: int
+    single: bool
 
 
 def plan_blocks(expert_S: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor]:
@@ -127,10 +139,15 @@ def plan_blocks(expert_S: Tensor, num_experts: int, block: int) -> tuple[Tensor,
     end_E = padded_E.cumsum(0)
     sorted_S = held_S[order_S]
     place_S = (end_E - padded_E)[sorted_S] + torch.arange(slots, device=device) - (count_E.cumsum(0) - count_E)[sorted_S]
-    blocks = min(slots, num_experts) + slots // block
+    blocks = max_blocks(slots, num_experts, block)
     nowhere = blocks * block
     slot_B = torch.full((nowhere + 1,), slots, dtype=torch.int32, device=device)
     slot_B[torch.where(sorted_S < num_experts, place_S, nowhere)] = order_S.int()
     begin_R = torch.arange(blocks, device=device) * block
     expert_R = torch.searchsorted(end_E[:num_experts], begin_R, right=True)
     return slot_B[:nowhere], torch.where(expert_R < num_experts, expert_R, -1).int()
+
+
+def max_blocks(slots: int, num_experts: int, block: int) -> int:
+    """Blocks that could be needed, whatever the experts are."""
+    return min(slots, num_experts) + slots // block

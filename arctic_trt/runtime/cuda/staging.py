@@ -23,8 +23,8 @@ Ints = npt.NDArray[np.int32]
 SPLIT_PROGRAMS = 256
 """About as many programs as keep a GPU's processors busy: a step of few sequences cuts their positions into parts."""
 MAX_SPLITS = 16
-DECODE_ROWS, PREFILL_ROWS = 16, 64
-"""Query rows, tokens times heads, that a program of attention takes."""
+PREFILL_ROWS = 64
+"""Query rows, tokens times heads, that a program of attention takes; a single token's heads where no chunk has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Layout:
     width: int
     row_tokens: int
     splits: int
+    single: bool
 
     @property
     def fields(self) -> list[tuple[str, int]]:
@@ -73,17 +74,17 @@ class Staged:
 def plan_layout(step: Step, group: int, kv_heads: int, width: int) -> Layout:
     """The layout of a step as it is; ``group`` query heads share a KV head, sequences have ``width`` blocks at most."""
     counts = [len(chunk.tokens) for chunk in step.chunks]
-    row_tokens = max(1, (DECODE_ROWS if max(counts) == 1 else PREFILL_ROWS) // group)
+    single = max(counts) == 1
+    row_tokens = 1 if single else max(1, PREFILL_ROWS // group)
     rows = sum(-(-count // row_tokens) for count in counts)
-    return Layout(
-        step.num_choices, step.num_tokens, step.num_logits, len(counts), rows, width, row_tokens, _splits(rows * kv_heads, width)
-    )
+    splits = _splits(rows * kv_heads, width)
+    choices, wanted = step.num_choices, step.num_logits
+    return Layout(choices, step.num_tokens, wanted, len(counts), rows, width, row_tokens, splits, single)
 
 
 def plan_decode_layout(sequences: int, group: int, kv_heads: int, width: int) -> Layout:
     """The layout of a step that takes one token of each of ``sequences``, and wants the logits of each or a choice by them."""
-    row_tokens = max(1, DECODE_ROWS // group)
-    return Layout(sequences, sequences, sequences, sequences, sequences, width, row_tokens, _splits(sequences * kv_heads, width))
+    return Layout(*(sequences,) * 5, width, 1, _splits(sequences * kv_heads, width), single=True)
 
 
 def _splits(programs: int, width: int) -> int:
@@ -142,7 +143,7 @@ def staged(array: Tensor, layout: Layout) -> Staged:
     """The views of a step that lies in ``array``, int32 [layout.size] on the device."""
     views = {name: array[place] for name, place in _places(layout).items()}
     tables = Tables(views["start"], views["count"], views["block"].view(layout.chunks, layout.width))
-    rows = AttentionRows(tables, views["first"], views["chunk"], views["offset"], layout.row_tokens, layout.splits)
+    rows = AttentionRows(tables, views["first"], views["chunk"], views["offset"], layout.row_tokens, layout.splits, layout.single)
     choice_KF = views["choice"].view(torch.float64).view(layout.choices, CHOICE_INTS // 2)
     return Staged(choice_KF, views["row"], views["token"], views["position"], views["slot"], views["wanted"], rows)
 

@@ -6,47 +6,43 @@ With ``TRITON_INTERPRET=1`` they run on the CPU, slowly, which is how they are h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from arctic_trt.runtime.cuda.kernels import attention, choose, norm, project, route
-from arctic_trt.runtime.cuda.ops import PAIR_SLOTS, AttentionRows, NormOutput, Routed, plan_blocks
+from arctic_trt.runtime.cuda.multiply import Product, activation_dtype, is_fp8, launch_options, multiply, scale_for
+from arctic_trt.runtime.cuda.ops import PAIR_SLOTS, AttentionRows, NormOutput, Routed, max_blocks, plan_blocks
+from arctic_trt.runtime.cuda.tiles import SMALLEST, expert_block, power_of_2
 from arctic_trt.runtime.kernels import Projection
 
-ROUTER_PARTS = 8
-COMBINE_BLOCK = 1024
+ROW_BLOCK = 1024
+"""Columns of a row that a program combines."""
 EMBED_BLOCK = 1024
 CHOOSE_BLOCK = 4096
-SMALLEST = 16
-"""Rows of a matrix that tensor cores take at least."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program of :func:`project_kernel` works on, and with how many warps and stages."""
-
-    rows: int
-    columns: int
-    length: int
-    warps: int = 4
-    stages: int = 4
-
-
-def plan_tile(rows: int, gated: bool) -> Tile:
-    """Few rows wait for the weights and want many programs; many rows want large tiles."""
-    if rows <= SMALLEST:
-        return Tile(SMALLEST, 16, 256)
-    if rows <= 64:
-        return Tile(triton.next_power_of_2(rows), 32, 128)
-    return Tile(128, 64 if gated else 128, 128, warps=8, stages=3)
+"""Logits that a program reads at once: with twice as many registers would not suffice."""
+FEW_TOKENS = 64
+"""Up to so many tokens a router's product is summed by all threads, beyond that tile by tile; a row is normed by many threads."""
+PLANNED_SLOTS = 1024
+"""Up to so many slots are sorted by one program."""
+ARRIVALS = 4096
+"""Counters of programs that have done their part of something, all 0 between launches."""
 
 
 class TritonOps:
-    """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`."""
+    """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`.
+
+    ``early`` launches begin while the one before still runs: they prefetch their weights, and wait before they read anything
+    else (programmatic dependent launch). None is for where GPUs can, from compute capability 9.0 on. The launch after streams
+    have met, and the first on a stream of its own, are never early.
+    """
+
+    def __init__(self, early: bool | None = None) -> None:
+        if early is None:
+            early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+        self._early = early
+        self._arrived: dict[str, Tensor] = {}
 
     def embed(self, token_T: Tensor, chosen_K: Tensor, rows_VD: Tensor, first: int) -> Tensor:
         (held, hidden), tokens = rows_VD.shape, len(token_T)
@@ -58,7 +54,7 @@ class TritonOps:
     def choose(self, logits_WV: Tensor, row_K: Tensor, choice_KF: Tensor, token_K: Tensor) -> None:
         vocab = logits_WV.shape[1]
         weight_KV = torch.empty(len(row_K), vocab, device=logits_WV.device)
-        choose.choose_kernel[(len(row_K),)](
+        choose.choose_token_kernel[(len(row_K),)](
             *(logits_WV, row_K, choice_KF, weight_KV, token_K, vocab, logits_WV.stride(0)),
             BLOCK=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)),
             num_warps=16,
@@ -67,157 +63,157 @@ class TritonOps:
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         tokens, hidden = x_TD.shape
         sum_TD = x_TD if partial_TD is None else torch.empty_like(x_TD)
-        normed = [torch.empty(x_TD.shape, dtype=_dtype(output.reader), device=x_TD.device) for output in outputs]
+        normed = [torch.empty(x_TD.shape, dtype=activation_dtype(output.reader), device=x_TD.device) for output in outputs]
         padded = [*zip(outputs, normed, strict=True)] + [(outputs[0], normed[0])] * (3 - len(outputs))
-        arguments = [(output.weight, _scale(output.reader, x_TD), out) for output, out in padded]
+        arguments = [(output.weight, scale_for(output.reader, x_TD), out) for output, out in padded]
         norm.norm_kernel[(tokens,)](
             *(x_TD, x_TD if partial_TD is None else partial_TD, sum_TD),
             *(argument for output in arguments for argument in output),
             *(hidden, eps),
             ADD=partial_TD is not None,
             OUTPUTS=len(outputs),
-            **{f"FP8_{place}": _is_fp8(output.reader) for place, (output, _) in enumerate(padded)},
-            BLOCK=triton.next_power_of_2(hidden),
-            num_warps=8,
+            **{f"FP8_{place}": is_fp8(output.reader) for place, (output, _) in enumerate(padded)},
+            BLOCK=power_of_2(hidden),
+            num_warps=16 if tokens <= FEW_TOKENS else 8,
+            **launch_options(self._early),
         )
         return [sum_TD, *normed]
 
     def project(self, x: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
         y = torch.empty(len(x), projection.weight.shape[0], dtype=dtype, device=x.device)
-        _launch(x, projection, y, len(x), project.NONE.value, None)
+        multiply(Product(x=x, projection=projection, y=y), self._early)
         return y
 
     def gated(self, x: Tensor, fc: Projection, proj: Projection) -> Tensor:
-        y = torch.empty(len(x), fc.weight.shape[0] // 2, dtype=_dtype(proj), device=x.device)
-        _launch(x, fc, y, len(x), project.FIRST_HALF.value, proj)
+        y = torch.empty(len(x), fc.weight.shape[0] // 2, dtype=activation_dtype(proj), device=x.device)
+        multiply(Product(x=x, projection=fc, y=y, gated=project.FIRST_HALF.value, reader=proj), self._early)
         return y
 
     def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int, experts: range) -> Routed:
         (tokens, hidden), num_experts, device = x_TD.shape, len(router_ED), x_TD.device
-        logits = torch.empty(ROUTER_PARTS, tokens, num_experts, device=device)
-        span = -(-hidden // ROUTER_PARTS // 64) * 64
-        tile = {"BM": SMALLEST if tokens <= SMALLEST else 64, "BN": 16, "BK": 64}
-        grid = (triton.cdiv(num_experts, tile["BN"]), triton.cdiv(tokens, tile["BM"]), ROUTER_PARTS)
-        route.logits_kernel[grid](x_TD, router_ED, logits, tokens, num_experts, hidden, span, **tile)
+        few = tokens <= FEW_TOKENS
+        rows = min(8, power_of_2(tokens)) if few else 64
+        columns, length, parts = (4, 256, 4) if few else (16, 64, 8)
+        blocks = triton.cdiv(tokens, rows)
+        logits = torch.empty(parts, tokens, num_experts, device=device)
         expert_S = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
         share_S = torch.empty(tokens * top_k, device=device)
-        route.route_kernel[(tokens,)](
-            *(logits, expert_S, share_S, num_experts, experts.start, len(experts)),
-            TOP_K=top_k,
-            PARTS=ROUTER_PARTS,
-            BLOCK=triton.next_power_of_2(num_experts),
-            num_warps=1,
+        route.route_kernel[(triton.cdiv(num_experts, columns), blocks, parts)](
+            *(x_TD, router_ED, logits, self._counters("route", blocks, device), expert_S, share_S),
+            *(tokens, num_experts, hidden, triton.cdiv(hidden, parts * length) * length, experts.start, len(experts)),
+            **{"TOP_K": top_k, "FEW": few, "BM": rows, "BN": columns, "BK": length, "PARTS": parts},
+            STAGES=5 if few else 3,
+            BLOCK_E=power_of_2(num_experts),
         )
         if len(expert_S) <= PAIR_SLOTS:
             return Routed(expert_S, share_S, top_k)
-        block = _expert_block(len(expert_S), len(experts))
-        return Routed(expert_S, share_S, top_k, *plan_blocks(expert_S, len(experts), block), block)
+        block = expert_block(len(expert_S), num_experts)
+        return Routed(expert_S, share_S, top_k, *self.plan_blocks(expert_S, len(experts), block), block)
+
+    def plan_blocks(self, expert_S: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor]:
+        """See :func:`arctic_trt.runtime.cuda.ops.plan_blocks`, which plans many slots."""
+        slots, device = len(expert_S), expert_S.device
+        if slots > PLANNED_SLOTS:
+            return plan_blocks(expert_S, num_experts, block)
+        blocks = max_blocks(slots, num_experts, block)
+        slot_B = torch.empty(blocks * block, dtype=torch.int32, device=device)
+        expert_R = torch.empty(blocks, dtype=torch.int32, device=device)
+        route.plan_kernel[(1,)](
+            *(expert_S, slot_B, expert_R, slots, blocks, num_experts),
+            **{"BLOCK": block, "CHUNK": 64, "EXPERTS": power_of_2(num_experts), "BLOCKS": power_of_2(blocks)},
+            num_warps=8,
+            **launch_options(self._early),
+        )
+        return slot_B, expert_R
 
     def expert_gated(self, x: Tensor, routed: Routed, fc: Projection, proj: Projection) -> Tensor:
-        slots = len(routed.expert_S)
-        y = torch.empty(slots, fc.weight.shape[1] // 2, dtype=_dtype(proj), device=x.device)
-        _launch(x, fc, y, slots, project.SECOND_HALF.value, proj, routed, routed.top_k)
+        y = torch.empty(len(routed.expert_S), fc.weight.shape[1] // 2, dtype=activation_dtype(proj), device=x.device)
+        half = project.SECOND_HALF.value
+        multiply(Product(x=x, projection=fc, y=y, gated=half, reader=proj, routed=routed, top_k=routed.top_k), self._early)
         return y
 
     def expert_project(self, inner: Tensor, routed: Routed, proj: Projection) -> Tensor:
         y = torch.empty(len(inner), proj.weight.shape[1], device=inner.device)
-        _launch(inner, proj, y, len(inner), project.NONE.value, None, routed, 1, routed.share_S)
+        multiply(Product(x=inner, projection=proj, y=y, routed=routed, top_k=1, share_S=routed.share_S), self._early)
         return y
 
     def combine(self, y_TD: Tensor, slots_SD: Tensor, routed: Routed) -> Tensor:
         out_TD, (tokens, hidden) = torch.empty_like(y_TD), y_TD.shape
-        grid = (tokens, triton.cdiv(hidden, COMBINE_BLOCK))
-        norm.combine_kernel[grid](y_TD, slots_SD, routed.expert_S, out_TD, hidden, TOP_K=routed.top_k, BLOCK=COMBINE_BLOCK)
+        grid = (tokens, triton.cdiv(hidden, ROW_BLOCK))
+        norm.combine_kernel[grid](y_TD, slots_SD, routed.expert_S, out_TD, hidden, TOP_K=routed.top_k, BLOCK=ROW_BLOCK)
         return out_TD
 
-    def rotate_and_store(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], position_T: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None
+    def project_and_combine(
+        self, x: Tensor, projection: Projection, slots_SD: Tensor, routed: Routed, dtype: torch.dtype
+    ) -> Tensor:
+        if len(x) > SMALLEST:
+            return self.combine(self.project(x, projection, dtype), slots_SD, routed)
+        y = torch.empty(len(x), projection.weight.shape[0], dtype=dtype, device=x.device)
+        multiply(Product(x=x, projection=projection, y=y, slots_SD=slots_SD, added=routed), early=False)
+        return y
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        position_T: Tensor,
+        pages: Tensor,
+        slot_T: Tensor,
+        rows: AttentionRows,
+        scale: Tensor | None,
+        reader: Projection,
     ) -> Tensor:
         _, _, kv_heads, page, size = pages.shape
+        tokens, splits, tables, device = len(qkv), rows.splits, rows.tables, qkv.device
         heads = qkv.shape[1] // size - 2 * kv_heads
-        q_TNH = torch.empty(len(qkv), heads, size, dtype=torch.bfloat16, device=qkv.device)
-        attention.rotate_and_store_kernel[(len(qkv), heads + 2 * kv_heads)](
-            *(qkv, *rotary, position_T, pages, slot_T, qkv if scale is None else scale, q_TNH),
-            **{"HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "PAGE": page, "FP8": scale is not None},
-            HALF=triton.next_power_of_2(size // 2),
-            num_warps=1,
-        )
-        return q_TNH
-
-    def attend(self, q_TNH: Tensor, pages: Tensor, rows: AttentionRows, scale: Tensor | None, reader: Projection) -> Tensor:
-        tokens, heads, size = q_TNH.shape
-        kv_heads, page, splits, tables = pages.shape[2], pages.shape[3], rows.splits, rows.tables
-        sums = torch.empty(splits, tokens, heads, size, device=q_TNH.device)
-        largest, total = (torch.empty(splits, tokens, heads, device=q_TNH.device) for _ in range(2))
-        head_block = max(SMALLEST, triton.next_power_of_2(size))
+        read = qkv if rows.single else _rotate_and_store(qkv, rotary, position_T, pages, slot_T, scale)
+        sums = torch.empty(splits, tokens, heads, size, device=device)
+        largest, total = (torch.empty(splits, tokens, heads, device=device) for _ in range(2))
+        arrived = self._counters("attend", len(rows.chunk_R) * kv_heads if splits > 1 else 0, device)
+        y = torch.empty(tokens, heads * size, dtype=activation_dtype(reader), device=device)
         attention.attend_kernel[(len(rows.chunk_R), kv_heads, splits)](
-            *(q_TNH, pages, q_TNH if scale is None else scale, tables.start_C, tables.count_C, rows.first_C, tables.block_CM),
-            *(rows.chunk_R, rows.offset_R, sums, largest, total, tokens, tables.block_CM.shape[1], size**-0.5),
+            *(read, *rotary, position_T, slot_T, pages, qkv if scale is None else scale, tables.start_C, tables.count_C),
+            *(
+                rows.first_C,
+                tables.block_CM,
+                rows.chunk_R,
+                rows.offset_R,
+                sums,
+                largest,
+                total,
+                arrived,
+                scale_for(reader, qkv),
+                y,
+            ),
+            *(tokens, tables.block_CM.shape[1], size**-0.5),
             **{"HEADS": heads, "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "SIZE": size, "PAGE": page},
-            **{"FP8": scale is not None, "ROW_TOKENS": rows.tokens, "SPLITS": splits, "BLOCK_L": 64, "BLOCK_H": head_block},
-            BLOCK_M=max(SMALLEST, triton.next_power_of_2(rows.tokens * (heads // kv_heads))),
-        )
-        y = torch.empty(tokens, heads * size, dtype=_dtype(reader), device=q_TNH.device)
-        attention.merge_kernel[(tokens, heads)](
-            *(sums, largest, total, _scale(reader, sums), y, tokens),
-            **{"HEADS": heads, "SIZE": size, "SPLITS": splits, "FP8_OUT": _is_fp8(reader), "BLOCK_H": head_block},
-            num_warps=1,
+            **{"SINGLE": rows.single, "FP8": scale is not None, "FP8_OUT": is_fp8(reader), "ROW_TOKENS": rows.tokens},
+            **{"SPLITS": splits, "BLOCK_L": 64, "BLOCK_H": max(SMALLEST, power_of_2(size))},
+            BLOCK_M=max(SMALLEST, power_of_2(rows.tokens * (heads // kv_heads))),
+            **launch_options(self._early),
         )
         return y
 
+    def _counters(self, name: str, count: int, device: torch.device) -> Tensor:
+        """At least ``count`` zeros, which stay where they are because recorded launches know the place."""
+        if count > ARRIVALS:
+            raise ValueError(f"a launch cut into {count} groups of programs; there are counters for {ARRIVALS}")
+        if name not in self._arrived:
+            self._arrived[name] = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+        return self._arrived[name]
 
-def _launch(
-    x: Tensor,
-    projection: Projection,
-    y: Tensor,
-    rows: int,
-    gated: int,
-    reader: Projection | None,
-    routed: Routed | None = None,
-    top_k: int = 0,
-    share_S: Tensor | None = None,
-) -> None:
-    columns, length = y.shape[1], x.shape[1]
-    tile = plan_tile(rows if routed is None else routed.block, bool(gated))
-    blocks = triton.cdiv(rows, tile.rows) if routed is None else _blocks(routed)
-    dummy: Any = y
-    project.project_kernel[(triton.cdiv(columns, tile.columns), blocks)](
-        *(x, projection.weight, dummy if projection.alpha is None else projection.alpha, y, _scale(reader, y)),
-        dummy if routed is None or routed.slot_B is None else routed.slot_B,
-        dummy if routed is None else (routed.expert_S if routed.expert_R is None else routed.expert_R),
-        *(dummy if share_S is None else share_S, rows, columns, length),
-        TOP_K=top_k,
-        SORTED=routed is not None and routed.slot_B is not None,
-        GATED=gated,
-        HAS_ALPHA=projection.alpha is not None,
-        HAS_SHARE=share_S is not None,
-        FP8_OUT=reader is not None and _is_fp8(reader),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.length,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+
+def _rotate_and_store(
+    qkv: Tensor, rotary: tuple[Tensor, Tensor], position_T: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None
+) -> Tensor:
+    """Rotated queries, bf16 [T, N, H]; keys and values go to ``pages``."""
+    _, _, kv_heads, page, size = pages.shape
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q_TNH = torch.empty(len(qkv), heads, size, dtype=torch.bfloat16, device=qkv.device)
+    attention.rotate_and_store_kernel[(len(qkv), heads + 2 * kv_heads)](
+        *(qkv, *rotary, position_T, pages, slot_T, qkv if scale is None else scale, q_TNH),
+        **{"HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "PAGE": page, "FP8": scale is not None},
+        HALF=power_of_2(size // 2),
+        num_warps=1,
     )
-
-
-def _expert_block(slots: int, experts: int) -> int:
-    """Rows of a block: about what an expert gets, within what tensor cores take."""
-    return min(128, max(SMALLEST, int(triton.next_power_of_2(slots // experts))))
-
-
-def _blocks(routed: Routed) -> int:
-    return len(routed.expert_S if routed.expert_R is None else routed.expert_R)
-
-
-def _dtype(reader: Projection | None) -> torch.dtype:
-    if reader is None:
-        return torch.float32
-    return torch.float8_e4m3fn if _is_fp8(reader) else torch.bfloat16
-
-
-def _is_fp8(reader: Projection | None) -> bool:
-    return reader is not None and reader.input_scale is not None
-
-
-def _scale(reader: Projection | None, unused: Tensor) -> Tensor:
-    return unused if reader is None or reader.input_scale is None else reader.input_scale
+    return q_TNH

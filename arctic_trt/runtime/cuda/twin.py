@@ -67,7 +67,33 @@ class TwinOps:
         held_SD = slots_SD.where(routed.expert_S[:, None] >= 0, 0)
         return (y_TD.float() + held_SD.view(len(y_TD), routed.top_k, -1).sum(1)).to(y_TD.dtype)
 
-    def rotate_and_store(
+    def project_and_combine(
+        self, x: Tensor, projection: Projection, slots_SD: Tensor, routed: Routed, dtype: torch.dtype
+    ) -> Tensor:
+        return self.combine(self.project(x, projection, dtype), slots_SD, routed)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        position_T: Tensor,
+        pages: Tensor,
+        slot_T: Tensor,
+        rows: AttentionRows,
+        scale: Tensor | None,
+        reader: Projection,
+    ) -> Tensor:
+        q_TNH = self._rotate_and_store(qkv, rotary, position_T, pages, slot_T, scale)
+        outputs, tables = torch.empty(len(q_TNH), q_TNH[0].numel(), device=q_TNH.device), rows.tables
+        for chunk, (first, start, count) in enumerate(
+            zip(rows.first_C.tolist(), tables.start_C.tolist(), tables.count_C.tolist(), strict=True)
+        ):
+            if count:
+                keys, values = _cached(pages, tables.block_CM[chunk], start + count, scale)
+                outputs[first : first + count] = attend(q_TNH[first : first + count].float(), keys, values, start)
+        return activation(outputs, reader)
+
+    def _rotate_and_store(
         self, qkv: Tensor, rotary: tuple[Tensor, Tensor], position_T: Tensor, pages: Tensor, slot_T: Tensor, scale: Tensor | None
     ) -> Tensor:
         _, _, kv_heads, size, head_dim = pages.shape
@@ -79,16 +105,6 @@ class TwinOps:
             codes = x_TKH.to(pages.dtype) if scale is None else as_bytes(cast_e4m3(x_TKH, scale))
             stored[slot_T.long() // size, place, :, slot_T.long() % size] = codes
         return layer.apply_rotary(q, cos, sin).to(self._queries)
-
-    def attend(self, q_TNH: Tensor, pages: Tensor, rows: AttentionRows, scale: Tensor | None, reader: Projection) -> Tensor:
-        outputs, tables = torch.empty(len(q_TNH), q_TNH[0].numel(), device=q_TNH.device), rows.tables
-        for chunk, (first, start, count) in enumerate(
-            zip(rows.first_C.tolist(), tables.start_C.tolist(), tables.count_C.tolist(), strict=True)
-        ):
-            if count:
-                keys, values = _cached(pages, tables.block_CM[chunk], start + count, scale)
-                outputs[first : first + count] = attend(q_TNH[first : first + count].float(), keys, values, start)
-        return activation(outputs, reader)
 
 
 def activation(x: Tensor, reader: Projection) -> Tensor:

@@ -20,6 +20,7 @@ from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.cuda.choose import Arriving
 from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
 from arctic_trt.runtime.cuda.graphs import graph_sizes
+from arctic_trt.runtime.cuda.library import Thresholds, make_ops
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import KvCache
@@ -69,11 +70,11 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
     Raises :class:`CheckpointError` for an engine file that is not there or not right, :class:`RefusedError` for a GPU into which
     they do not fit, or without Triton.
     """
+    (config, _, quant), limits = engine.network(), engine.build_config
     try:
-        from arctic_trt.runtime.cuda.triton_ops import TritonOps
+        ops = make_ops(config, rank, device, Thresholds(recorded=limits.max_batch_size))
     except ImportError as error:
         raise RefusedError(f"--device cuda needs Triton, which cannot be imported ({error}).", "pip install triton") from None
-    config, _, quant = engine.network()
     uploader = _Progress(device)
     try:
         weights = load_rank(engine_dir, config, rank, quant, uploader)
@@ -92,10 +93,9 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
         device=device,
         spare_blocks=1,
     )
-    limits = engine.build_config
     most_tokens = most_step_tokens(limits)
     network = CudaNetwork(
-        *(config, rank, weights, cache, comm, TritonOps()),
+        *(config, rank, weights, cache, comm, ops),
         device=device,
         max_seq_len=limits.max_seq_len,
         max_choices=min(limits.max_batch_size, most_tokens),

@@ -64,3 +64,24 @@ def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monke
     network.forget()
     assert recorded.lead(Step(chunks=(chunk(2, third, 19, 20),))) is not None
     assert [each.replays for each in repeated] == [1, 2]
+
+
+def test_a_layer_of_a_decode_step_is_ten_launches(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/cuda.md says: seven one after another, and three beside them."""
+    pytest.importorskip("triton", reason="there is no Triton for this machine")
+    from arctic_trt.runtime.cuda.kernels import norm
+    from arctic_trt.runtime.cuda.triton_ops import TritonOps
+
+    launched: list[str] = []
+    kind = type(norm.norm_kernel)
+    monkeypatch.setattr(
+        kind, "__getitem__", lambda self, grid: lambda *arguments, **options: launched.append(self.fn.__name__), raising=False
+    )
+    _, theirs = networks(tiny, "fp8")
+    network = theirs.network
+    assert isinstance(network, CudaNetwork)
+    network._ops = TritonOps(early=False)
+    theirs.lead(Step(chunks=(chunk(0, tiny.prompts(2)[0], 0, 1),)))
+    aside, beside = ["route", "skinny", "skinny"], ["skinny", "attend", "skinny"]
+    layer = ["norm", *aside, *beside, "norm", "skinny", "skinny"]
+    assert launched == [f"{name}_kernel" for name in [*layer * len(network.weights.layers), "norm", "skinny"]]

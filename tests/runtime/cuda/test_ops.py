@@ -10,7 +10,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
-from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput, plan_blocks
+from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput, Routed, plan_blocks
 from arctic_trt.runtime.cuda.triton_ops import TritonOps
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.kernels import Projection, Tables
@@ -71,12 +71,12 @@ def test_norm(tokens: int, add: bool) -> None:
             assert_like(one, other)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40, 70])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 72), (9, 72), (16, 1200), (1, 2200), (40, 72), (70, 72)])
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_project(tokens: int, fp8: bool, dtype: torch.dtype) -> None:
-    weight = projection(40, 72, fp8=fp8)
-    x = codes(tokens, 72, weight)
+def test_project(tokens: int, length: int, fp8: bool, dtype: torch.dtype) -> None:
+    weight = projection(40, length, fp8=fp8)
+    x = codes(tokens, length, weight)
     assert_like(OPS.project(x, weight, dtype), TWIN.project(x, weight, dtype), rtol=1e-4)
 
 
@@ -109,6 +109,36 @@ def test_experts(tokens: int, experts: range, fp8: bool) -> None:
     assert_like(OPS.combine(y, slots, routed), TWIN.combine(y, twin_slots, routed), rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_project_and_combine(tokens: int, dtype: torch.dtype) -> None:
+    weight = projection(40, 72)
+    expert_S = torch.randint(-1, 3, (2 * tokens,), dtype=torch.int32, device=DEVICE)
+    routed, slots = Routed(expert_S, torch.rand(2 * tokens, device=DEVICE), 2), torch.randn(2 * tokens, 40, device=DEVICE)
+    slots[expert_S < 0] = torch.nan
+    arguments = (codes(tokens, 72, weight), weight, slots, routed, dtype)
+    assert_like(OPS.project_and_combine(*arguments), TWIN.project_and_combine(*arguments), rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_route_leaves_its_counters_as_they_were(tokens: int) -> None:
+    router, x = torch.randn(12, 300, device=DEVICE), torch.randn(tokens, 300, device=DEVICE)
+    ops = TritonOps()
+    for _ in range(2):
+        routed, wanted = (each.route(x, router, 3, range(2, 9)) for each in (ops, TWIN))
+        assert torch.equal(routed.expert_S, wanted.expert_S)
+        assert_like(routed.share_S, wanted.share_S)
+    with pytest.raises(ValueError, match="counters"):
+        ops._counters("route", 1 << 20, x.device)
+
+
+@pytest.mark.parametrize(("slots", "experts", "block"), [(1, 1, 16), (33, 128, 16), (77, 5, 16), (200, 3, 64), (1030, 7, 32)])
+def test_blocks_are_planned_alike(slots: int, experts: int, block: int) -> None:
+    expert_S = torch.randint(-1, experts, (slots,), dtype=torch.int32, device=DEVICE)
+    for found, wanted in zip(OPS.plan_blocks(expert_S, experts, block), plan_blocks(expert_S, experts, block), strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("block", [1, 16])
 def test_every_held_slot_has_one_place_among_its_expert(block: int) -> None:
     expert_S = torch.randint(-1, 5, (77,), dtype=torch.int32)
@@ -120,11 +150,20 @@ def test_every_held_slot_has_one_place_among_its_expert(block: int) -> None:
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize(("splits", "row_tokens"), [(1, 2), (3, 1), (1, 8)])
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize(("splits", "row_tokens", "size"), [(1, 2, 16), (3, 1, 24), (1, 8, 24)])
 def test_attention(fp8: bool, splits: int, row_tokens: int, size: int) -> None:
+    check_attention([0, 70, 3, 0], [1, 1, 9, 20], fp8, splits, row_tokens, size)
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_attention_of_one_token_of_each_sequence(fp8: bool, splits: int) -> None:
+    """Also of a recorded step with room for more sequences, whose chunk has no token."""
+    check_attention([0, 70, 64, 0], [1, 1, 1, 0], fp8, splits, 1, 24)
+
+
+def check_attention(starts: list[int], counts: list[int], fp8: bool, splits: int, row_tokens: int, size: int) -> None:
     heads, kv_heads, page, blocks = 6, 2, 8, 40
-    starts, counts = [0, 70, 3, 0], [1, 1, 9, 20]
     pages = torch.randn(blocks, 2, kv_heads, page, size, device=DEVICE)
     scale = torch.full((1,), 0.02, device=DEVICE) if fp8 else None
     pages = pages if scale is None else cast_e4m3(pages, scale)
@@ -136,7 +175,7 @@ def test_attention(fp8: bool, splits: int, row_tokens: int, size: int) -> None:
         tables[chunk, :need] = used[taken : taken + need]
         taken += need
     first = [0, *torch.tensor(counts).cumsum(0).tolist()[:-1]]
-    cut = [(chunk, offset) for chunk, count in enumerate(counts) for offset in range(0, count, row_tokens)]
+    cut = [(chunk, offset) for chunk, count in enumerate(counts) for offset in range(0, max(1, count), row_tokens)]
     rows = AttentionRows(
         tables=Tables(_ints(starts), _ints(counts), tables),
         first_C=_ints(first),
@@ -144,6 +183,7 @@ def test_attention(fp8: bool, splits: int, row_tokens: int, size: int) -> None:
         offset_R=_ints([offset for _, offset in cut]),
         tokens=row_tokens,
         splits=splits,
+        single=max(counts) == 1,
     )
     position = [start + place for start, count in zip(starts, counts, strict=True) for place in range(count)]
     slot = [
@@ -157,10 +197,9 @@ def test_attention(fp8: bool, splits: int, row_tokens: int, size: int) -> None:
     results = []
     for ops in (OPS, TWIN):
         mine = pages.clone()
-        q = ops.rotate_and_store(qkv, rotary, _ints(position), mine, _ints(slot), scale)
-        results.append((q, mine, ops.attend(q, mine, rows, scale, projection(8, heads * size, fp8=fp8))))
-    (q, mine, out), (twin_q, twin_mine, twin_out) = results
-    assert_like(q, twin_q)
+        reader = projection(8, heads * size, fp8=fp8)
+        results.append((mine, ops.attend(qkv, rotary, _ints(position), mine, _ints(slot), rows, scale, reader)))
+    (mine, out), (twin_mine, twin_out) = results
     assert_like(mine, twin_mine)
     assert not torch.equal(mine.float(), pages.float())
     unit = 0.01 if fp8 else 1.0  # queries and weights of positions are bf16

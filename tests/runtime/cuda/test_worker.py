@@ -13,7 +13,9 @@ from arctic_trt.engine.config import read_engine_config
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.cuda import worker as module
+from arctic_trt.runtime.cuda.library import Thresholds
 from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.worker import connect_devices, load_cuda_worker
 from arctic_trt.runtime.worker import Worker
 from tests.runtime.conftest import Model
@@ -35,9 +37,11 @@ def test_a_loaded_rank_records_for_its_engines_limits(tiny: Model, monkeypatch: 
     directory = build_engine(tiny.checkpoint("fp8"), tiny.work_dir / "few", max_batch_size=12, max_num_tokens=600)
     engine = read_engine_config(directory)
     prepared: list[int] = []
+    asked: list[Thresholds] = []
+    monkeypatch.setattr(module, "make_ops", lambda config, rank, device, thresholds: asked.append(thresholds) or TwinOps())
     monkeypatch.setattr(CudaNetwork, "prepare", lambda self, most_tokens: prepared.append(most_tokens))
     worker = load_cuda_worker(directory, engine, engine.network()[1].rank(0), SoloCommunicator(), CPU)
-    assert not prepared
+    assert not prepared and asked == [Thresholds(recorded=12)]
     worker.reserve(ROOM)
     assert prepared == [600] and cast(Any, worker.network)._graphs == [1, 2, 4, 8, 12]
 

@@ -156,7 +156,7 @@ def pick(x_ptr, weight_ptr, vocab, edge, by_weight, first, last, uniform, BLOCK:
 
 
 @triton.jit
-def choose_kernel(x_ptr, row_ptr, choice_ptr, weight_ptr, token_ptr, vocab, stride, BLOCK: tl.constexpr):
+def choose_token_kernel(x_ptr, row_ptr, choice_ptr, weight_ptr, token_ptr, vocab, stride, BLOCK: tl.constexpr):
     """One choice: the likeliest token, or one that is drawn; of a row that is not finite none."""
     place = tl.program_id(0)
     x_ptr += tl.load(row_ptr + place).to(tl.int64) * stride
