@@ -8,11 +8,13 @@ rows wait for the tensor cores, on which a library is hard to beat; between its 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from arctic_trt.errors import UsageError
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.cuda.between import Between, Order
@@ -35,6 +37,11 @@ EXPERT_ROWS = 16
 """The same for experts, in rows of each on average: 1,024 tokens where two of 128 experts are chosen. Then slots of an expert no
 longer fit a block of 16, and its weights are read again. The library reads them once, but its tiles cost as many operations as
 128 rows an expert: 450 GFLOP a layer of one of eight ranks, two thirds of the time of its 1.67 GB, at the peak of both."""
+
+LAUNCHES = "ARCTIC_TRT_GPU_LAUNCHES"
+"""Environment: ``auto``, or ``late`` for launches that begin when the one before is complete, should a driver need that."""
+AUTO, LATE = "auto", "late"
+EARLY_CAPABILITY = (9, 0)
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +152,17 @@ class LibraryOps:
         return self._products.grouped(rows, projection.weight, scale_R, order.end_E)
 
 
+def plan_early(asked: str, capability: tuple[int, int]) -> bool:
+    """Whether launches begin early; raises :class:`UsageError` for what :data:`LAUNCHES` may not be."""
+    if asked not in (AUTO, LATE):
+        raise UsageError(f"{LAUNCHES}={asked} is none of {AUTO}, {LATE}.")
+    return asked == AUTO and capability >= EARLY_CAPABILITY
+
+
 def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds: Thresholds = Thresholds()) -> FusedOps:
     """Triton's kernels and torch's library on ``rank``'s GPU; what the library lacks is told, and done without.
 
-    Raises ImportError without Triton.
+    Raises ImportError without Triton, :class:`UsageError` as :func:`plan_early` does.
     """
     from arctic_trt.runtime.cuda.triton_between import TritonBetween
     from arctic_trt.runtime.cuda.triton_ops import TritonOps
@@ -162,4 +176,5 @@ def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds:
             *(torch.__version__, " and ".join(missing), *capability),
         )
     ffn = config.intermediate_size // rank.mapping.moe_tp_size
-    return LibraryOps(TritonOps(), TorchProducts(device), TritonBetween(), abilities, ffn=ffn, thresholds=thresholds)
+    few = TritonOps(plan_early(os.environ.get(LAUNCHES, AUTO), capability))
+    return LibraryOps(few, TorchProducts(device), TritonBetween(), abilities, ffn=ffn, thresholds=thresholds)

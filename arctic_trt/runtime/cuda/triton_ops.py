@@ -34,13 +34,11 @@ class TritonOps:
     """See :class:`arctic_trt.runtime.cuda.ops.FusedOps`.
 
     ``early`` launches begin while the one before still runs: they prefetch their weights, and wait before they read anything
-    else (programmatic dependent launch). None is for where GPUs can, from compute capability 9.0 on. The launch after streams
-    have met, and the first on a stream of its own, are never early.
+    else (programmatic dependent launch, which GPUs have from compute capability 9.0 on). The launch after streams have met, and
+    the first on a stream of its own, are never early.
     """
 
-    def __init__(self, early: bool | None = None) -> None:
-        if early is None:
-            early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    def __init__(self, early: bool = False) -> None:
         self._early = early
         self._arrived: dict[str, Tensor] = {}
 

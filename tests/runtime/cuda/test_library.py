@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arctic_trt.errors import UsageError
 from arctic_trt.model.mapping import plan_mapping
 from arctic_trt.quantize.fp8 import amax, cast_e4m3, scale_from_amax
 from arctic_trt.report.arctic import RELEASED
@@ -206,3 +207,22 @@ def test_what_a_library_lacks_is_told(
     with caplog.at_level(logging.WARNING):
         assert isinstance(library.make_ops(RELEASED, plan_mapping(RELEASED, tp_size=8).rank(0), torch.device("cpu")), LibraryOps)
     assert [said in record.message for record in caplog.records] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "early"),
+    [("auto", (9, 0), True), ("auto", (10, 0), True), ("auto", (8, 9), False), ("late", (9, 0), False)],
+)
+def test_launches_begin_early_where_gpus_can_unless_told_otherwise(
+    asked: str, capability: tuple[int, int], early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_ops = pytest.importorskip("arctic_trt.runtime.cuda.triton_ops", reason="there is no Triton for this machine")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("ARCTIC_TRT_GPU_LAUNCHES", asked)
+    ops = library.make_ops(RELEASED, plan_mapping(RELEASED, tp_size=8).rank(0), torch.device("cpu"))
+    assert isinstance(ops, LibraryOps) and isinstance(ops._few, triton_ops.TritonOps) and ops._few._early is early
+
+
+def test_other_launches_are_refused() -> None:
+    with pytest.raises(UsageError, match="ARCTIC_TRT_GPU_LAUNCHES=never is none of auto, late"):
+        library.plan_early("never", (9, 0))

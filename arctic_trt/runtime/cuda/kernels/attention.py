@@ -54,7 +54,8 @@ def attend_kernel(
     ROW_TOKENS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one KV head, a part of the positions; ``SINGLE`` reads products [T, (N + 2 K) H], else queries."""
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    row = tl.program_id(0) if SINGLE else tl.num_programs(0) - 1 - tl.program_id(0)  # rows that see most begin first
     chunk, offset = tl.load(chunk_ptr + row), tl.load(offset_ptr + row)
     start, count = tl.load(start_ptr + chunk), tl.load(count_ptr + chunk)
     lane = tl.arange(0, BLOCK_M)
