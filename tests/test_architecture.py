@@ -36,7 +36,7 @@ LAZY = {
     *("tensorrt_llm", "tensorrt", "modelopt", "transformers", "matplotlib", "mpi4py", "numba", "datasets", "lm_eval", "tqdm"),
     *("fastapi", "starlette", "uvicorn", "tritonclient", "grpc", "triton"),
 }
-CUDA_KERNELS = ("attention", "between", "common", "norm", "project", "route", "skinny")
+CUDA_KERNELS = ("attention", "between", "choose", "common", "norm", "project", "route", "skinny")
 LAZY_MODULES = {
     "quantize/modelopt.py": "arctic_trt.quantize.modelopt",
     "runtime/harness.py": "arctic_trt.runtime.harness",

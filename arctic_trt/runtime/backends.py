@@ -125,6 +125,7 @@ class TorchBackend:
             self.worker.lead,
             work.requests,
             self._engine.build_config,
+            ahead=self.worker.ahead,
             room=self.worker.room,
             detokenizer=work.detokenizer,
             listeners=listeners,
@@ -139,9 +140,11 @@ class TorchBackend:
         So does an :class:`ArcticTrtError`, which is raised between steps. Any other may come from within one, where the other
         ranks wait for this one, and has to end the job.
         """
-        limits, room = self._engine.build_config, self.worker.room
+        worker, limits = self.worker, self._engine.build_config
         try:
-            yield Batcher(self.worker.lead, limits, room=room, detokenizer=detokenizer, listeners=listeners)
+            yield Batcher(
+                *(worker.lead, limits), ahead=worker.ahead, room=worker.room, detokenizer=detokenizer, listeners=listeners
+            )
         except ArcticTrtError:
             self.worker.dismiss()
             raise

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import (
+    SMALLEST,
     Floats,
     candidates,
     draw,
@@ -22,6 +23,7 @@ from arctic_trt.runtime.sampler import (
     penalize_seen,
     request_generator,
 )
+from arctic_trt.runtime.step import LIKELIEST, Choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +73,25 @@ class Chooser:
     def is_argmax(self) -> bool:
         """The largest of the logits as they come is chosen."""
         return self._sampling.is_argmax and not self._request.bad_words
+
+    @property
+    def by_ranks(self) -> bool:
+        """The ranks can choose: nothing but a token comes of the logits, and nothing said before matters."""
+        request, sampling = self._request, self._sampling
+        return not (sampling.penalizes or request.bad_words or request.prompt_logits or request.logprobs is not None)
+
+    def next_choice(self) -> Choice:
+        """What the ranks need to choose the next token as :meth:`choose` does; it takes the token's random number."""
+        sampling = self._sampling
+        if sampling.greedy:
+            return LIKELIEST
+        return Choice(
+            temperature=1.0 if sampling.temperature is None else max(sampling.temperature, SMALLEST),
+            top_k=sampling.top_k or 0,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            min_p=sampling.min_p or 0.0,
+            uniform=self._generator.random(),
+        )
 
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...] | None:

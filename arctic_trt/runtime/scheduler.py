@@ -3,16 +3,21 @@
 Every step takes one token of each sequence that is decoding, and fills up with parts of prompts. First come is first served:
 whoever came earlier gets blocks of the cache earlier, at the cost of the youngest if need be. A sequence that loses its blocks
 waits in front, keeps its tokens, and is computed again.
+
+Where the ranks choose tokens by themselves, the next step can be planned before those of the last one are known. A sequence
+whose last token can only be its last one leaves; of all others that token is computed, and it may turn out that nobody needed it.
+No block is found by others before all of its tokens are known.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from arctic_trt.runtime.blocks import BlockPool, KvRoom, content_key
 from arctic_trt.runtime.requests import Request
-from arctic_trt.runtime.step import Chunk, Step
+from arctic_trt.runtime.step import UNKNOWN, Choice, Chunk, Step
 
 PROMPT_LOGITS_A_STEP = 1024  # a step's logits are a [W, V] array: 131 MB at Arctic's vocabulary
 
@@ -21,13 +26,18 @@ PROMPT_LOGITS_A_STEP = 1024  # a step's logits are a [W, V] array: 131 MB at Arc
 class Sequence:
     """A request under way: ``tokens`` is the prompt and what was generated, of which ``computed`` are in the cache.
 
-    They are in ``blocks``, of which the ranks know the first ``assigned``, and the full ones are called ``keys``. The prompt's
-    positions before ``logits_from`` have no logits to give any more.
+    After them come as many ``unknown`` ones as the ranks have chosen since, by what ``choose`` told them; it is None where they
+    cannot. ``done`` says that nothing is wanted any more. What is computed is in ``blocks``, of which the ranks know the first
+    ``assigned``, and the full ones are called ``keys``. The prompt's positions before ``logits_from`` have no logits to give any
+    more.
     """
 
     request: Request
     tokens: list[int]
     logits_from: int
+    choose: Callable[[], Choice] | None = None
+    unknown: int = 0
+    done: bool = False
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     assigned: int = 0
@@ -46,9 +56,14 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Of all tokens, known and unknown."""
+        return len(self.tokens) + self.unknown
+
+    @property
     def ready(self) -> bool:
         """All tokens are computed: the logits of the last one decide about the next."""
-        return self.computed == len(self.tokens)
+        return self.computed == self.length
 
     @property
     def owes_prompt_logits(self) -> bool:
@@ -58,7 +73,12 @@ class Sequence:
     @property
     def first_wanted(self) -> int:
         """The first position whose logits are wanted, which has to be computed."""
-        return self.logits_from if self.owes_prompt_logits else len(self.tokens) - 1
+        return self.logits_from if self.owes_prompt_logits else self.length - 1
+
+    def learn(self, token: int) -> None:
+        """Add the next token, which was unknown if the ranks chose it."""
+        self.tokens.append(token)
+        self.unknown = max(0, self.unknown - 1)
 
     def key(self, block: int, size: int) -> bytes:
         """Names the content of a full block of ``size`` positions."""
@@ -107,6 +127,8 @@ class Scheduler:
         self._pool = BlockPool(room.num_blocks)
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._active: dict[int, Sequence] = {}
+        self._ending: dict[int, Sequence] = {}
+        self._at_length: list[Sequence] = []
         self._freed: list[int] = []
         self._max_active = min(max_batch_size, max_num_tokens)
         self._max_num_tokens = max_num_tokens
@@ -128,21 +150,25 @@ class Scheduler:
             preemptions=self._preemptions,
         )
 
-    def add(self, request: Request) -> None:
-        """Let a request wait for its turn."""
+    def add(self, request: Request, choose: Callable[[], Choice] | None = None) -> None:
+        """Let a request wait for its turn. ``choose`` is asked once for each token that the ranks shall choose by themselves."""
         logits_from = request.logits_from if request.prompt_logits else len(request.prompt)
-        self._waiting[request.index] = Sequence(request, list(request.prompt), logits_from)
+        self._waiting[request.index] = Sequence(request, list(request.prompt), logits_from, choose)
 
     def sequence(self, index: int) -> Sequence:
-        """The sequence of request ``index``, waiting or active."""
-        return self._active.get(index) or self._waiting[index]
+        """The sequence of request ``index``, waiting, active, or with its last token under way."""
+        return self._active.get(index) or self._ending.get(index) or self._waiting[index]
 
     def next_step(self) -> Step | None:
-        """The next step, None when there are no sequences. Compute it, and :meth:`advance`, before asking again."""
+        """The next step, None when there are no sequences. Have it computed, and :meth:`advance`, before asking again.
+
+        Tokens that a step chose must be known before the next but one is asked for.
+        """
+        self._retire()
         self._admit()
         if not self._active:
             return None
-        decoding = {index for index, sequence in self._active.items() if len(sequence.tokens) - sequence.computed == 1}
+        decoding = {index for index, sequence in self._active.items() if sequence.length - sequence.computed == 1}
         budget = _Budget(self._max_num_tokens - len(decoding))
         chunks = []
         for index, sequence in list(self._active.items()):
@@ -156,22 +182,39 @@ class Scheduler:
         return Step(chunks=tuple(chunks), freed=freed)
 
     def advance(self, chunk: Chunk) -> Sequence:
-        """Note that ``chunk`` has been computed; returns its sequence."""
+        """Note that ``chunk`` has been computed, or will be before anything that is asked for later; returns its sequence."""
         sequence = self._active[chunk.sequence]
         sequence.computed += len(chunk.tokens)
         sequence.logits_from = max(sequence.logits_from, sequence.computed)
         self._computed += len(chunk.tokens)
+        if chunk.choice is not None:
+            sequence.unknown += 1
+            if sequence.length == len(sequence.request.prompt) + sequence.request.max_new_tokens:
+                self._at_length.append(sequence)
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its full blocks may still be found."""
         index = sequence.request.index
-        if self._waiting.pop(index, None) is None:
+        sequence.done = True
+        self._computed -= sequence.unknown  # that those before them were computed is of no use to anybody
+        if self._ending.pop(index, None) is None and self._waiting.pop(index, None) is None:
             del self._active[index]
+            sequence.computed -= sequence.unknown
             self._give_back(sequence)
+
+    def _retire(self) -> None:
+        """Take the places of sequences of which nothing has to be computed any more, though the last token is still unknown."""
+        leaving, self._at_length = self._at_length, []
+        for sequence in leaving:
+            if not sequence.done:
+                self._ending[sequence.request.index] = self._active.pop(sequence.request.index)
+                self._give_back(sequence)
 
     def _admit(self) -> None:
         """Make the oldest that wait active, while what they need leaves the active ones what they need next."""
+        if not self._waiting:
+            return
         spare = self._pool.num_available - sum(self._needs(sequence) for sequence in self._active.values())
         while self._waiting and len(self._active) < self._max_active:
             index, sequence = next(iter(self._waiting.items()))
@@ -182,7 +225,7 @@ class Scheduler:
 
     def _needs(self, sequence: Sequence) -> int:
         """Blocks that a sequence lacks to compute all its tokens and a block's worth more, if it can come to that."""
-        tokens = min(len(sequence.tokens) + self._room.block_tokens, sequence.request.num_cached)
+        tokens = min(sequence.length + self._room.block_tokens, sequence.request.num_cached)
         return max(0, self._room.blocks_for(tokens) - len(sequence.blocks))
 
     def _shared_now(self, sequence: Sequence) -> int:
@@ -199,7 +242,7 @@ class Scheduler:
         self._reuse(sequence)
         start = sequence.computed
         unwanted = max(0, sequence.first_wanted - start)
-        count = min(len(sequence.tokens) - start, budget.tokens)
+        count = min(sequence.length - start, budget.tokens)
         if sequence.owes_prompt_logits:
             count = min(count, unwanted + budget.prompt_logits)
         count = self._make_room(sequence, count)
@@ -211,12 +254,14 @@ class Scheduler:
             budget.prompt_logits -= count - logits_from
         self._publish(sequence, start + count)
         assigned, sequence.assigned = sequence.assigned, len(sequence.blocks)
+        known = tuple(sequence.tokens[start : start + count])
         return Chunk(
             sequence=sequence.request.index,
             start=start,
-            tokens=tuple(sequence.tokens[start : start + count]),
+            tokens=known + (UNKNOWN,) * (count - len(known)),
             blocks=tuple(sequence.blocks[assigned:]),
             logits_from=logits_from,
+            choice=sequence.choose() if sequence.choose and start + count == sequence.length else None,
         )
 
     def _reuse(self, sequence: Sequence) -> None:
@@ -236,13 +281,17 @@ class Scheduler:
         missing = max(0, self._room.blocks_for(sequence.computed + count) - len(sequence.blocks))
         while missing > self._pool.num_available and (youngest := next(reversed(self._active.values()))) is not sequence:
             self._preempt(youngest)
-        sequence.blocks += [self._pool.take() for _ in range(min(missing, self._pool.num_available))]
+        if missing:
+            sequence.blocks += [self._pool.take() for _ in range(min(missing, self._pool.num_available))]
         return min(count, len(sequence.blocks) * self._room.block_tokens - sequence.computed)
 
     def _publish(self, sequence: Sequence, end: int) -> None:
-        """Let full blocks be found, also those that the step now planned fills: a layer stores all before it reads any."""
+        """Let full blocks be found, also those that the step now planned fills: a layer stores all before it reads any.
+
+        A block whose last token was unknown when it was filled is found one step later.
+        """
         size = self._room.block_tokens
-        for block in range(sequence.computed // size, end // size):
+        for block in range(max(0, sequence.computed - 1) // size, min(end, len(sequence.tokens)) // size):
             self._pool.publish(sequence.blocks[block], sequence.key(block, size))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -253,6 +302,7 @@ class Scheduler:
         self._give_back(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._publish(sequence, sequence.computed)
         if sequence.assigned:
             self._freed.append(sequence.request.index)
         self._pool.release(sequence.blocks)

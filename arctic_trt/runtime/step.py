@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from arctic_trt.runtime.communicator import Ints
+if TYPE_CHECKING:  # servers and their clients need no torch
+    from arctic_trt.runtime.communicator import Ints
 
-CHUNK_FIELDS = 5
+CHUNK_FIELDS = 6
+CHOICE_INTS = 10
+"""A choice is five numbers of 64 bits."""
+NO_CHOICE, THE_LIKELIEST, DRAWN = range(3)
+UNKNOWN = -1
+"""In place of a token: the one that the ranks chose for the sequence in the step before, of which rank 0 has not heard yet."""
+
+
+class Choice(NamedTuple):
+    """How the ranks choose a sequence's next token by themselves, as :mod:`arctic_trt.runtime.sampler` would.
+
+    Off are ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0; a ``temperature`` of 0 takes the likeliest token. ``uniform`` is the random
+    number, from 0 to 1.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
+
+
+LIKELIEST = Choice(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Consecutive tokens of one sequence.
 
-    ``blocks`` of the cache become the sequence's, after those that it has. Logits are wanted for ``tokens[logits_from:]``.
+    ``blocks`` of the cache become the sequence's, after those that it has. Logits are wanted for ``tokens[logits_from:]``, unless
+    the ranks choose the next token by ``choice``: then they are wanted by nobody else, and only the last token's.
     """
 
     sequence: int
@@ -23,6 +48,7 @@ class Chunk:
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
     logits_from: int
+    choice: Choice | None = None
 
     @property
     def num_logits(self) -> int:
@@ -44,18 +70,33 @@ class Step:
     def num_logits(self) -> int:
         return sum(chunk.num_logits for chunk in self.chunks)
 
+    @property
+    def num_choices(self) -> int:
+        """Tokens that the ranks choose."""
+        return sum(chunk.choice is not None for chunk in self.chunks)
+
+    @property
+    def foreseen(self) -> bool:
+        """Nobody needs its logits: what comes after it can be decided before they are there."""
+        return all(chunk.choice is not None or not chunk.num_logits for chunk in self.chunks)
+
 
 END = Step()
 
 
 def encode_step(step: Step) -> Ints:
-    """Counts, freed sequences, the chunks' fields, then the tokens and blocks of each."""
-    numbers = [len(step.chunks), len(step.freed), *step.freed]
+    """Counts, freed sequences, the chunks' fields, the tokens and blocks of each, and the choices but the likeliest token."""
+    numbers, drawn = [len(step.chunks), len(step.freed), *step.freed], []
     for chunk in step.chunks:
-        numbers += (chunk.sequence, chunk.start, len(chunk.tokens), len(chunk.blocks), chunk.logits_from)
+        kind = _kind(chunk.choice)
+        numbers += (chunk.sequence, chunk.start, len(chunk.tokens), len(chunk.blocks), chunk.logits_from, kind)
+        if kind == DRAWN:
+            drawn.append(chunk.choice)
     for chunk in step.chunks:
-        numbers += (*chunk.tokens, *chunk.blocks)
-    return np.array(numbers, np.int32)
+        numbers += chunk.tokens
+        numbers += chunk.blocks
+    message = np.array(numbers, np.int32)
+    return np.concatenate((message, np.array(drawn, np.float64).view(np.int32).ravel())) if drawn else message
 
 
 def decode_step(message: Ints) -> Step:
@@ -63,10 +104,28 @@ def decode_step(message: Ints) -> Step:
     numbers = message.tolist()
     num_chunks, num_freed = numbers[:2]
     fields, at = 2 + num_freed, 2 + num_freed + num_chunks * CHUNK_FIELDS
+    drawn = numbers[fields + CHUNK_FIELDS - 1 : at : CHUNK_FIELDS].count(DRAWN)
+    choice_values = message[len(message) - drawn * CHOICE_INTS :].view(np.float64).reshape(drawn, -1).tolist() if drawn else []
+    choices = map(Choice._make, choice_values)
     chunks = []
     for field in range(fields, at, CHUNK_FIELDS):
-        sequence, start, num_tokens, num_blocks, logits_from = numbers[field : field + CHUNK_FIELDS]
+        sequence, start, num_tokens, num_blocks, logits_from, kind = numbers[field : field + CHUNK_FIELDS]
         tokens, blocks = numbers[at : at + num_tokens], numbers[at + num_tokens : at + num_tokens + num_blocks]
         at += num_tokens + num_blocks
-        chunks.append(Chunk(sequence=sequence, start=start, tokens=tuple(tokens), blocks=tuple(blocks), logits_from=logits_from))
+        chunks.append(
+            Chunk(
+                sequence=sequence,
+                start=start,
+                tokens=tuple(tokens),
+                blocks=tuple(blocks),
+                logits_from=logits_from,
+                choice=next(choices) if kind == DRAWN else LIKELIEST if kind == THE_LIKELIEST else None,
+            )
+        )
     return Step(chunks=tuple(chunks), freed=tuple(numbers[2:fields]))
+
+
+def _kind(choice: Choice | None) -> int:
+    if choice is None:
+        return NO_CHOICE
+    return THE_LIKELIEST if choice is LIKELIEST else DRAWN

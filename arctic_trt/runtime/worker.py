@@ -19,6 +19,7 @@ from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.layer import plan_shape
 from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
+from arctic_trt.runtime.outcome import Logits, Outcome
 from arctic_trt.runtime.step import END, Step, decode_step, encode_step
 from arctic_trt.runtime.weights import load_rank
 
@@ -34,7 +35,12 @@ class Forward(Protocol):
 
 
 class Worker:
-    """A rank's network and cache behind a single verb, :meth:`execute`. ``on_reserved`` is called when the cache has its room."""
+    """A rank's network and cache behind a single verb, :meth:`execute`. ``on_reserved`` is called when the cache has its room.
+
+    ``ahead`` says whether it takes a step's choices, and may return before the step has been computed.
+    """
+
+    ahead = False
 
     def __init__(self, network: Forward, on_reserved: Callable[[], None] = lambda: None) -> None:
         self.network = network
@@ -56,16 +62,17 @@ class Worker:
         self._cache.reserve(room)
         self._on_reserved()
 
-    def execute(self, step: Step) -> Tensor | None:
-        """Free, assign blocks, compute; returns the wanted logits [W, V] on rank 0, in host memory."""
+    def execute(self, step: Step) -> Outcome | None:
+        """Free, assign blocks, compute; returns what came of it on rank 0, if anything is wanted."""
         self._cache.assign(step)
         logits_WV = self.network.forward(step) if step.chunks else None
-        return None if logits_WV is None else logits_WV.cpu()
+        return None if logits_WV is None else Logits(logits_WV)
 
     @torch.inference_mode()
-    def lead(self, step: Step) -> Tensor | None:
+    def lead(self, step: Step) -> Outcome | None:
         """On rank 0: have all ranks execute ``step``."""
-        self.network.comm.broadcast(encode_step(step))
+        if self.network.comm.world_size > 1:
+            self.network.comm.broadcast(encode_step(step))
         return self.execute(step)
 
     def dismiss(self) -> None:

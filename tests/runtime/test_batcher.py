@@ -14,6 +14,7 @@ from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
+from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
 from arctic_trt.runtime.step import Step
@@ -25,10 +26,10 @@ LIMITS = BuildConfig(max_batch_size=2, max_input_len=50, max_seq_len=99, max_num
 VOCABULARY = 400
 
 
-def counting(step: Step) -> Tensor:
+def counting(step: Step) -> Logits:
     """An engine whose likeliest next token is always the last one plus one."""
     rows = [token + 1 for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]
-    return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), VOCABULARY).float() * 50
+    return Logits(torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), VOCABULARY).float() * 50)
 
 
 def request(index: int, *prompt: int, output: int = 5, **options: object) -> Request:
@@ -65,12 +66,12 @@ def test_prompt_logits_are_all_there() -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt() -> None:
-    def broken(step: Step) -> Tensor:
-        logits_WV = counting(step)
+    def broken(step: Step) -> Logits:
+        logits_WV = counting(step).logits()
         for row, chunk in enumerate(step.chunks):
             if chunk.sequence == 1 and chunk.start > 2:
                 logits_WV[row, 7] = torch.nan
-        return logits_WV
+        return Logits(logits_WV)
 
     with pytest.raises(ArcticTrtError, match="logits of prompt 1 at position 3 are not finite"):
         generate(broken, [request(0, 1), request(1, 5, 6)], LIMITS)
@@ -85,9 +86,9 @@ def tell(tokenizer: Tokenizer, text: str, *stop_words: str) -> tuple[Completion,
     """Have an engine say ``text``, whatever the prompt is."""
     ids, pieces = tokenizer.encode(text)[1:], []
 
-    def saying(step: Step) -> Tensor:
+    def saying(step: Step) -> Logits:
         at = step.chunks[0].start + len(step.chunks[0].tokens) - 1
-        return torch.nn.functional.one_hot(torch.tensor([ids[at] if at < len(ids) else 4]), VOCABULARY).float()
+        return Logits(torch.nn.functional.one_hot(torch.tensor([ids[at] if at < len(ids) else 4]), VOCABULARY).float())
 
     (completion,) = generate(
         saying,
@@ -141,9 +142,9 @@ def test_samples_of_one_prompt_end_at_stop_words_of_their_own(tokenizer: Tokeniz
     ids = tokenizer.encode("the sea is the sky")[1:]
     after = [ids, ids[2:], [*ids[:2], *ids[:2]]]
 
-    def saying(step: Step) -> Tensor:
+    def saying(step: Step) -> Logits:
         rows = [after[chunk.sequence][min(chunk.start + len(chunk.tokens) - 1, 3)] for chunk in step.chunks if chunk.num_logits]
-        return torch.nn.functional.one_hot(torch.tensor(rows), VOCABULARY).float() * 100
+        return Logits(torch.nn.functional.one_hot(torch.tensor(rows), VOCABULARY).float() * 100)
 
     asked = [request(i, 1, output=4, stop_words=("ea is",), sampling=Sampling(temperature=0.1), logprobs=1) for i in range(3)]
     completions = generate(saying, asked, LIMITS, detokenizer=lambda: Detokenizer(tokenizer.decode, settled_ids(tokenizer)))
@@ -173,8 +174,8 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_been() -> None:
     noisy = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 3
     done: dict[int, Completion] = {}
 
-    def execute(step: Step) -> Tensor:
-        return noisy[[token for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]]
+    def execute(step: Step) -> Logits:
+        return Logits(noisy[[token for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]])
 
     listeners = Listeners(on_done=lambda index, completion: done.update({index: completion}))
     narrow = Batcher(execute, LIMITS, room=KvRoom(12, block_tokens=4), listeners=listeners)

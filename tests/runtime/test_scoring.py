@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.runtime.batcher import Listeners, generate
+from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.scoring import Continuation, Score, Scorer
 from arctic_trt.runtime.step import Step
 
@@ -25,10 +25,10 @@ spans = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=13).flatma
 )
 
 
-def bigrams(step: Step) -> Tensor:
+def bigrams(step: Step) -> Logits:
     """An engine whose logits depend on the last token alone."""
     rows = [token for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]
-    return TABLE_VV[torch.tensor(rows, dtype=torch.int64)]
+    return Logits(TABLE_VV[torch.tensor(rows, dtype=torch.int64)])
 
 
 def expected(continuation: Continuation) -> Score:

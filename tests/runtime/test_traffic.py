@@ -19,6 +19,7 @@ from arctic_trt.engine.config import BuildConfig, read_engine_config
 from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
+from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
 from arctic_trt.runtime.step import Step, decode_step, encode_step
@@ -40,7 +41,7 @@ class RememberingRanks:
         self.texts: dict[int, list[int]] = {}
         self.pages: dict[tuple[int, int], int] = {}
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step) -> Logits:
         step = decode_step(encode_step(step))
         for freed in step.freed:
             del self.tables[freed], self.texts[freed]
@@ -50,6 +51,9 @@ class RememberingRanks:
         assert len({slot for slots in written for slot in slots}) == step.num_tokens
         rows = [self.read(chunk.sequence, chunk.start + len(chunk.tokens)) for chunk in step.chunks if chunk.num_logits]
         self.check_sharing()
+        return Logits(self.answer(rows))
+
+    def answer(self, rows: list[int]) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64) % VOCABULARY, VOCABULARY).float()
 
     def write(self, sequence: int, start: int, tokens: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -95,6 +95,7 @@ def compile_step(count: int) -> None:
     """What a layer and the end of a network launch, in the order in which they do."""
     ops, x, ints = triton_ops.TritonOps(early=True), torch.empty(count, HIDDEN), torch.zeros(count, dtype=torch.int32)
     reader, fc, proj = projection(8, HIDDEN), projection(HELD, 2 * FFN, HIDDEN), projection(HELD, HIDDEN, FFN)
+    ops.embed(ints, ints, torch.empty(4000, HIDDEN, dtype=torch.bfloat16), 0)
     ops.norm(x, x, [NormOutput(torch.ones(HIDDEN), each) for each in (reader, reader, None)], 1e-5)
     routed = ops.route(x, torch.empty(EXPERTS, HIDDEN), 2, range(EXPERTS))
     slots_SD = ops.expert_project(ops.expert_gated(codes(count, HIDDEN), routed, fc, proj), routed, proj)
@@ -109,6 +110,7 @@ def compile_step(count: int) -> None:
     residual = ops.gated(codes(count, HIDDEN), projection(2 * 896, HIDDEN), dense)
     ops.project_and_combine(residual, dense, slots_SD, routed, torch.float32)
     ops.project(x.bfloat16(), Projection(torch.empty(4000, HIDDEN, dtype=torch.bfloat16)), torch.float32)
+    ops.choose(torch.empty(count, 32000), ints, torch.zeros(count, 5, dtype=torch.float64), ints)
 
 
 def compile_between(count: int) -> None:

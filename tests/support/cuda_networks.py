@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
-from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda import graphs
+from arctic_trt.runtime.cuda.graphs import Recorded
+from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
 from arctic_trt.runtime.cuda.twin import TwinOps
+from arctic_trt.runtime.cuda.worker import CudaWorker
 from arctic_trt.runtime.kernels import CpuKernels
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import load_rank
-from arctic_trt.runtime.worker import Worker
 
 BLOCK = 8
 ROOM = KvRoom(42, block_tokens=BLOCK)
@@ -27,7 +32,7 @@ class AsItLies(CpuKernels):
         return weight
 
 
-def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = ()) -> Worker:
+def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = (), room: KvRoom = ROOM) -> CudaWorker:
     """``comm``'s rank, whose cache has its room."""
     config, mapping, quant = read_engine_config(engine_dir).network()
     rank = mapping.rank(comm.rank)
@@ -40,8 +45,8 @@ def twin_worker(engine_dir: Path, comm: Communicator, graphs: tuple[int, ...] = 
         spare_blocks=1,
     )
     cpu, ops = torch.device("cpu"), TwinOps(torch.float32)
-    worker = Worker(CudaNetwork(config, rank, weights, cache, comm, ops, device=cpu, max_seq_len=112, graphs=graphs))
-    worker.reserve(ROOM)
+    worker = CudaWorker(CudaNetwork(config, rank, weights, cache, comm, ops, device=cpu, max_seq_len=112, graphs=graphs))
+    worker.reserve(room)
     return worker
 
 
@@ -63,3 +68,32 @@ def mixed_steps(prompts: list[list[int]]) -> list[Step]:
         Step(chunks=(chunk(0, one, 22, 30),), freed=(2,)),
         Step(chunks=(chunk(2, third, 0, 100),)),
     ]
+
+
+class Repeated:
+    """A CUDA graph where there is no GPU: it does the work again, and leaves the result where it was the first time."""
+
+    def __init__(self, work: Callable[[], Decode]) -> None:
+        self._work = work
+        self.result = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        found, (_, kept) = self._work()[1], self.result
+        if found is not None and kept is not None:
+            kept.copy_(found)
+
+
+def repeat_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
+    """From now on graphs are :class:`Repeated`; returns those that are recorded, in their order."""
+    repeated: list[Repeated] = []
+
+    def record_again(work: Callable[[], Decode], pool: object, device: torch.device) -> Recorded[Decode]:
+        repeated.append(Repeated(work))
+        return Recorded(cast(Any, repeated[-1]), repeated[-1].result)
+
+    monkeypatch.setattr(graphs, "_record", record_again)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return repeated

@@ -81,9 +81,9 @@ def run_world(group: Any, engine_dir: Path, prompts: list[list[int]], target: Pa
     if comm.rank:
         worker.follow()
     else:
-        found = [worker.lead(step) for step in mixed_steps(prompts)]
+        found = [outcome.logits() for step in mixed_steps(prompts) if (outcome := worker.lead(step))]
         worker.dismiss()
-        np.savez(target, *[logits_WV.numpy() for logits_WV in found if logits_WV is not None])
+        np.savez(target, *[logits_WV.numpy() for logits_WV in found])
     comm.close()
 
 

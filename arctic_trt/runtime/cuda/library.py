@@ -99,7 +99,7 @@ class LibraryOps:
     ) -> None:
         self._few, self._products, self._between = few, products, between
         self._abilities, self._ffn, self._thresholds = abilities, ffn, thresholds
-        self.norm, self.attend = few.norm, few.attend
+        self.embed, self.choose, self.norm, self.attend = few.embed, few.choose, few.norm, few.attend
 
     def project(self, x: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
         if not self._multiplies(x, projection):

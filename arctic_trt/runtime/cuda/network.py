@@ -1,8 +1,11 @@
-"""Arctic's forward pass on one rank and one GPU: a step in, float32 logits out on rank 0.
+"""Arctic's forward pass on one rank and one GPU: a step in, chosen tokens or float32 logits out on rank 0.
 
 Router and experts read the normed *input* of the layer, so they run on a stream of their own beside attention and residual MLP;
 their sums meet before the layer's second reduction. A step that takes one token of each sequence is one CUDA graph, recorded
 beforehand for some numbers of sequences, of which the next larger is taken.
+
+All ranks of the last stage have all logits, choose alike, and keep what they chose for the next step; each tells it to its
+partner in the first stage. So a step may be asked for before the host knows the tokens of the last one.
 
 Legend: T tokens, D hidden, V vocab, W positions whose logits are wanted.
 """
@@ -20,9 +23,19 @@ from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.layer import rotary_tables
 from arctic_trt.model.mapping import Rank
 from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.choose import Arriving, ChosenTokens
 from arctic_trt.runtime.cuda.graphs import Recorded, out_of_memory_is_refused, record
 from arctic_trt.runtime.cuda.ops import FusedOps, NormOutput
-from arctic_trt.runtime.cuda.staging import Layout, Staged, fill, plan_decode_layout, plan_layout, staged, staging_buffer
+from arctic_trt.runtime.cuda.staging import (
+    Layout,
+    Staged,
+    Staging,
+    fill,
+    places_of_choices,
+    plan_decode_layout,
+    plan_layout,
+    staged,
+)
 from arctic_trt.runtime.kernels import Projection
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.layer import plan_shape
@@ -43,7 +56,8 @@ class CudaNetwork:
     """One rank of an engine; :meth:`forward` is called on all ranks with the same step.
 
     ``weights`` and ``cache`` lie on ``device``, whose cache has a block more than its room, for what is not kept. ``graphs`` are
-    the numbers of sequences for which :meth:`prepare` records decode steps, none without a GPU.
+    the numbers of sequences for which :meth:`prepare` records decode steps, none without a GPU. Steps have at most
+    ``max_choices``.
     """
 
     def __init__(
@@ -57,6 +71,7 @@ class CudaNetwork:
         *,
         device: torch.device,
         max_seq_len: int,
+        max_choices: int = 256,
         graphs: Sequence[int] = (),
     ) -> None:
         self.config, self.rank, self.weights, self.cache, self.comm = config, rank, weights, cache, comm
@@ -67,7 +82,9 @@ class CudaNetwork:
         self._rotary = tables[0].to(device), tables[1].to(device)
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._recorded: dict[int, Recorded[Decode]] = {}
-        self._host = staging_buffer(0, device)
+        self._staging = Staging(device)
+        self._chosen = ChosenTokens(max_choices, device)
+        self._before = Step()
 
     @torch.inference_mode()
     def prepare(self, most_tokens: int) -> None:
@@ -94,7 +111,7 @@ class CudaNetwork:
         room = self.cache.room
         tables = {chunk.sequence: [room.num_blocks] * room.blocks_for(len(chunk.tokens)) for chunk in step.chunks}
         host = torch.empty(layout.size, dtype=torch.int32)
-        fill(host.numpy(), layout, step, tables, room.block_tokens, room.num_blocks * room.block_tokens)
+        fill(host.numpy(), layout, step, {}, tables, room.block_tokens, room.num_blocks * room.block_tokens)
         array = host.to(self._device)
         return array, staged(array, layout)
 
@@ -103,14 +120,27 @@ class CudaNetwork:
         self._recorded.clear()
 
     def forward(self, step: Step) -> Tensor | None:
-        """Logits [W, V] on rank 0, None on the others; keys and values of the step's tokens stay in the cache."""
+        """Logits [W, V] of chunks without a choice on rank 0, None on the others and where there are none.
+
+        Keys and values of the step's tokens stay in the cache, what was chosen until the next step. Nothing waits for the device.
+        """
         sequences = self._recorded_size(step)
         if sequences is None:
             layout = plan_layout(step, self._group, self._shape.kv_heads, self._width)
-            logits_WV = self._run(staged(self._stage(step, layout).to(self._device, non_blocking=True), layout), step.num_logits)
+            array = torch.empty(layout.size, dtype=torch.int32, device=self._device)
+            self._stage(step, layout, array)
+            logits_WV = self._run(staged(array, layout), step.num_logits)
         else:
             logits_WV = self._replay(step, sequences)
-        return bring_to_rank_0(logits_WV, step.num_logits, self.rank, self.config.vocab_size, self.comm)
+        rows = [] if step.foreseen else rows_without_choice(step)
+        if logits_WV is not None and 0 < len(rows) < len(logits_WV):
+            logits_WV = logits_WV[rows]
+        logits_WV = bring_to_rank_0(logits_WV, len(rows), self.rank, self.config.vocab_size, self.comm)
+        return logits_WV if rows else None
+
+    def bring_chosen(self) -> Arriving:
+        """What the last step chose, on its way to the host."""
+        return self._chosen.bring(self._before.num_choices)
 
     @property
     def _group(self) -> int:
@@ -126,42 +156,53 @@ class CudaNetwork:
             return None
         return min((size for size in self._recorded if size >= len(step.chunks)), default=None)
 
-    def _stage(self, step: Step, layout: Layout) -> Tensor:
-        """The step in host memory. What was staged before must have been read: logits of every step are waited for."""
-        if len(self._host) < layout.size:
-            self._host = staging_buffer(layout.size, self._device)
-        part = self._host[: layout.size]
-        room = self.cache.room
-        fill(part.numpy(), layout, step, self.cache.tables, room.block_tokens, room.num_blocks * room.block_tokens)
-        return part
+    def _stage(self, step: Step, layout: Layout, array: Tensor) -> None:
+        """Have the device read ``step`` into ``array``."""
+        host, room, chosen = self._staging.take(layout.size), self.cache.room, places_of_choices(self._before)
+        fill(host.numpy(), layout, step, chosen, self.cache.tables, room.block_tokens, room.num_blocks * room.block_tokens)
+        array.copy_(host, non_blocking=True)
+        self._staging.sent()
+        self._before = step
 
     def _replay(self, step: Step, sequences: int) -> Tensor | None:
         layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
-        host = self._stage(step, layout)
         recorded = self._recorded[sequences]
         array, logits_WV = recorded.result
-        array.copy_(host, non_blocking=True)
+        self._stage(step, layout, array)
         recorded.graph.replay()
         return None if logits_WV is None else logits_WV[: step.num_logits]
 
     def _run(self, step: Staged, num_logits: int) -> Tensor | None:
         """Everything between the step's integers and this stage's result; recorded as it is."""
-        x_TD = self._embed(step.token_T) if self.rank.is_first_stage else self._receive_hidden(len(step.token_T))
+        x_TD = self._embed(step) if self.rank.is_first_stage else self._receive_hidden(len(step.token_T))
         partial_TD: Tensor | None = None
         for weights, pages in zip(self.weights.layers, self.cache.pages, strict=True):
             x_TD, partial_TD = self._layer(x_TD, partial_TD, weights, pages, step)
-        if not self.rank.is_last_stage:
+        logits_WV: Tensor | None = None
+        if self.rank.is_last_stage:
+            logits_WV = self._logits(x_TD, partial_TD, step.wanted_W) if num_logits else None
+        else:
             sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()
             self.comm.send(sum_TD, self.rank.index + self.rank.mapping.tp_size)
-            return None
-        return self._logits(x_TD, partial_TD, step.wanted_W) if num_logits else None
+        if len(step.row_K):
+            self._choose(logits_WV, step)
+        return logits_WV
 
-    def _embed(self, token_T: Tensor) -> Tensor:
+    def _choose(self, logits_WV: Tensor | None, step: Staged) -> None:
+        """Keep what is chosen where the next step looks for it, in the last stage and in the first."""
+        chosen_K, partner = self._chosen.token_K[: len(step.row_K)], self.rank.tp_rank
+        if logits_WV is not None:
+            self._ops.choose(logits_WV, step.row_K, step.choice_KF, chosen_K)
+            if partner != self.rank.index:
+                self.comm.send(chosen_K.float(), partner)
+        elif self.rank.is_first_stage:
+            last = (self.rank.mapping.pp_size - 1) * self.rank.mapping.tp_size
+            chosen_K.copy_(self.comm.receive((len(chosen_K),), last + partner))
+
+    def _embed(self, step: Staged) -> Tensor:
         """Each rank looks up the tokens of its rows and leaves zeros for the others."""
         rows_VD = _there(self.weights.embedding)
-        local_T = token_T - self.rank.tp_rank * len(rows_VD)
-        mine_T = (local_T >= 0) & (local_T < len(rows_VD))
-        x_TD = rows_VD.index_select(0, local_T.where(mine_T, 0)).float() * mine_T[:, None]
+        x_TD = self._ops.embed(step.token_T, self._chosen.token_K, rows_VD, self.rank.tp_rank * len(rows_VD))
         self.comm.all_reduce(x_TD)
         return x_TD
 
@@ -223,6 +264,12 @@ def nobodys_step(counts: Sequence[int]) -> Step:
     """A step of new sequences of ``counts`` tokens each, which are all token 0 and all want logits."""
     chunks = (Chunk(sequence=row, start=0, tokens=(0,) * count, blocks=(), logits_from=0) for row, count in enumerate(counts))
     return Step(chunks=tuple(chunks))
+
+
+def rows_without_choice(step: Step) -> list[int]:
+    """Of a step's logits, those that the host wants."""
+    asking = [chunk.choice is None for chunk in step.chunks for _ in range(chunk.num_logits)]
+    return [row for row, asked in enumerate(asking) if asked]
 
 
 def _there(part: Held | None) -> Held:

@@ -52,6 +52,18 @@ class Routed:
 class FusedOps(Protocol):
     """The operations of a step. No operation waits for the device."""
 
+    def embed(self, token_T: Tensor, chosen_K: Tensor, rows_VD: Tensor, first: int) -> Tensor:
+        """Float32 [T, D]: the rows of tokens from ``first`` on, of which ``rows_VD`` are held, and zeros for others.
+
+        A token below 0 is ``chosen_K[-1 - token]``.
+        """
+
+    def choose(self, logits_WV: Tensor, row_K: Tensor, choice_KF: Tensor, token_K: Tensor) -> None:
+        """Write into int32 ``token_K`` what is chosen of rows ``row_K``, or -1 where these are not finite.
+
+        ``choice_KF`` float64 has the fields of :class:`arctic_trt.runtime.step.Choice`.
+        """
+
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         """The float32 sum ``x + partial``, then its RMS-normed copies."""
 

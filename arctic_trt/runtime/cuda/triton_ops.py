@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from arctic_trt.runtime.cuda.kernels import attention, norm, project, route
+from arctic_trt.runtime.cuda.kernels import attention, choose, norm, project, route
 from arctic_trt.runtime.cuda.multiply import Product, activation_dtype, is_fp8, launch_options, multiply, scale_for
 from arctic_trt.runtime.cuda.ops import PAIR_SLOTS, AttentionRows, NormOutput, Routed, max_blocks, plan_blocks
 from arctic_trt.runtime.cuda.tiles import SMALLEST, expert_block, power_of_2
@@ -19,6 +19,9 @@ from arctic_trt.runtime.kernels import Projection
 
 ROW_BLOCK = 1024
 """Columns of a row that a program combines."""
+EMBED_BLOCK = 1024
+CHOOSE_BLOCK = 4096
+"""Logits that a program reads at once: with twice as many registers would not suffice."""
 FEW_TOKENS = 64
 """Up to so many tokens a router's product is summed by all threads, beyond that tile by tile; a row is normed by many threads."""
 PLANNED_SLOTS = 1024
@@ -38,6 +41,22 @@ class TritonOps:
     def __init__(self, early: bool = False) -> None:
         self._early = early
         self._arrived: dict[str, Tensor] = {}
+
+    def embed(self, token_T: Tensor, chosen_K: Tensor, rows_VD: Tensor, first: int) -> Tensor:
+        (held, hidden), tokens = rows_VD.shape, len(token_T)
+        x_TD = torch.empty(tokens, hidden, device=rows_VD.device)
+        grid = (tokens, triton.cdiv(hidden, EMBED_BLOCK))
+        choose.embed_kernel[grid](token_T, chosen_K, rows_VD, x_TD, first, held, hidden, BLOCK=EMBED_BLOCK)
+        return x_TD
+
+    def choose(self, logits_WV: Tensor, row_K: Tensor, choice_KF: Tensor, token_K: Tensor) -> None:
+        vocab = logits_WV.shape[1]
+        weight_KV = torch.empty(len(row_K), vocab, device=logits_WV.device)
+        choose.choose_token_kernel[(len(row_K),)](
+            *(logits_WV, row_K, choice_KF, weight_KV, token_K, vocab, logits_WV.stride(0)),
+            BLOCK=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=16,
+        )
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         tokens, hidden = x_TD.shape

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from arctic_trt.model import layer
 from arctic_trt.quantize.fp8 import cast_e4m3
+from arctic_trt.runtime.cuda.choose import choose_row
 from arctic_trt.runtime.cuda.ops import AttentionRows, NormOutput, Routed
 from arctic_trt.runtime.kernels import Projection, as_bytes, attend
+from arctic_trt.runtime.step import Choice
 
 
 class TwinOps:
@@ -23,6 +25,17 @@ class TwinOps:
 
     def __init__(self, queries: torch.dtype = torch.bfloat16) -> None:
         self._queries = queries
+
+    def embed(self, token_T: Tensor, chosen_K: Tensor, rows_VD: Tensor, first: int) -> Tensor:
+        known_T = torch.where(token_T < 0, chosen_K[(-1 - token_T).clamp(min=0).long()], token_T)
+        local_T = known_T - first
+        mine_T = (local_T >= 0) & (local_T < len(rows_VD))
+        return rows_VD[local_T.where(mine_T, 0).long()].float() * mine_T[:, None]
+
+    def choose(self, logits_WV: Tensor, row_K: Tensor, choice_KF: Tensor, token_K: Tensor) -> None:
+        choices = [Choice._make(fields) for fields in choice_KF.tolist()]
+        for place, (row, choice) in enumerate(zip(row_K.tolist(), choices, strict=True)):
+            token_K[place] = choose_row(logits_WV[row], choice)
 
     def norm(self, x_TD: Tensor, partial_TD: Tensor | None, outputs: Sequence[NormOutput], eps: float) -> list[Tensor]:
         sum_TD = x_TD if partial_TD is None else x_TD + partial_TD.float()

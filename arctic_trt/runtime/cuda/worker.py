@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,18 +17,51 @@ from arctic_trt.errors import RefusedError
 from arctic_trt.model.mapping import Mapping, Rank
 from arctic_trt.runtime.batcher import most_step_tokens
 from arctic_trt.runtime.communicator import Communicator
+from arctic_trt.runtime.cuda.choose import Arriving
 from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
 from arctic_trt.runtime.cuda.graphs import graph_sizes
 from arctic_trt.runtime.cuda.library import Thresholds, make_ops
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import KvCache
+from arctic_trt.runtime.outcome import Outcome
+from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.weights import load_rank
 from arctic_trt.runtime.worker import Worker
 
 REPORT_S = 5.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOutcome:
+    """What comes of a step on a GPU; its logits are overwritten by the next one."""
+
+    logits_WV: Tensor | None
+    chosen: Arriving
+
+    def logits(self) -> Tensor:
+        if self.logits_WV is None:
+            raise RuntimeError("the step's logits are wanted by nobody")
+        return self.logits_WV.cpu()
+
+    def tokens(self) -> list[int]:
+        return self.chosen.wait()
+
+
+class CudaWorker(Worker):
+    """A rank on a GPU, which may have two steps to compute at a time: see :class:`arctic_trt.runtime.worker.Worker`."""
+
+    ahead = True
+    network: CudaNetwork
+
+    def execute(self, step: Step) -> Outcome | None:
+        self._cache.assign(step)
+        if not step.chunks:
+            return None
+        logits_WV = self.network.forward(step)
+        return None if self.network.comm.rank else DeviceOutcome(logits_WV, self.network.bring_chosen())
 
 
 def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: Communicator, device: torch.device) -> Worker:
@@ -64,10 +98,11 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
         *(config, rank, weights, cache, comm, ops),
         device=device,
         max_seq_len=limits.max_seq_len,
+        max_choices=min(limits.max_batch_size, most_tokens),
         graphs=graph_sizes(min(limits.max_batch_size, most_tokens)),
     )
     gc.freeze()
-    return Worker(network, on_reserved=lambda: network.prepare(most_tokens))
+    return CudaWorker(network, on_reserved=lambda: network.prepare(most_tokens))
 
 
 def connect_devices(worker: Worker, comm: Communicator, mapping: Mapping, device: torch.device) -> None:

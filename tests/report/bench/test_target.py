@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.report.bench.plan import Arrival
@@ -17,6 +16,7 @@ from arctic_trt.report.bench.stats import Trace
 from arctic_trt.report.bench.target import EngineTarget
 from arctic_trt.report.bench.workload import BenchPrompt
 from arctic_trt.runtime.batcher import Batcher
+from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.step import Step
 
 LIMITS = BuildConfig(max_batch_size=8, max_input_len=50, max_seq_len=99, max_num_tokens=64, max_beam_width=1)
@@ -33,10 +33,10 @@ class SlowEngine:
     def batcher(self, **options: Any) -> Iterator[Batcher]:
         yield Batcher(self.execute, LIMITS, **options)
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step) -> Logits:
         time.sleep(STEP_S)
         self.together.append(len(step.chunks))
-        return torch.nn.functional.one_hot(torch.full((step.num_logits,), 2), 9).float()
+        return Logits(torch.nn.functional.one_hot(torch.full((step.num_logits,), 2), 9).float())
 
 
 def serve(*times: float, concurrency: int = 8, tokens: int = 5) -> tuple[list[Trace], SlowEngine, list[Trace]]:

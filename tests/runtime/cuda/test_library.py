@@ -25,6 +25,7 @@ from arctic_trt.runtime.cuda.products import FUNCTIONS, Abilities, TorchProducts
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.kernels import Projection
 from tests.runtime.conftest import Model
+from tests.runtime.test_network import lead
 from tests.support.cuda_networks import mixed_steps, twin_worker
 from tests.support.torch_library import RoundedTwin, TorchLibrary
 
@@ -188,8 +189,7 @@ def test_a_network_by_the_library_is_the_same(shape: str, name: str, request: py
         assert isinstance(worker.network, CudaNetwork)
         worker.network._ops = made
     for step in mixed_steps(model.prompts(30, 9, 100))[:-1]:
-        wanted, close, found = (worker.lead(step) for worker in (exact, rounded, ours))
-        assert wanted is not None and close is not None and found is not None
+        wanted, close, found = (lead(worker, step) for worker in (exact, rounded, ours))
         assert (found - close).abs().mean(-1).median() <= 0.01
         assert (found - wanted).abs().mean(-1).median() <= 0.05 * wanted.std()
     assert {"mm", "_grouped_mm" if name == "bf16" else "_scaled_grouped_mm"} <= set(called.calls)

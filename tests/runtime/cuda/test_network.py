@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
-
 import pytest
 import torch
 
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.runtime.communicator import SoloCommunicator
-from arctic_trt.runtime.cuda import graphs
-from arctic_trt.runtime.cuda.graphs import Recorded
-from arctic_trt.runtime.cuda.network import CudaNetwork, Decode
+from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.step import Step
 from arctic_trt.runtime.worker import Worker, load_worker
 from tests.runtime.conftest import Model
-from tests.support.cuda_networks import ROOM, chunk, mixed_steps, twin_worker
+from tests.runtime.test_network import lead
+from tests.support.cuda_networks import ROOM, chunk, mixed_steps, repeat_on_cpu, twin_worker
 
 RECIPES = {"fp8": {}, "kv_float": {"kv_cache_dtype": "none"}, "bf16": {"qformat": "full_prec"}}
 
@@ -36,39 +32,16 @@ def test_logits_are_the_cpus(shape: str, name: str, request: pytest.FixtureReque
     model: Model = request.getfixturevalue(shape)
     ours, theirs = networks(model, name)
     for step in mixed_steps(model.prompts(30, 9, 100))[:-1]:
-        wanted, found = ours.lead(step), theirs.lead(step)
-        assert wanted is not None and found is not None and found.shape == wanted.shape
+        wanted, found = lead(ours, step), lead(theirs, step)
+        assert found.shape == wanted.shape
         error_W = (found - wanted).abs().mean(-1)
         assert error_W.median() <= 0.01  # activations of bf16 weights are bf16; now and then a code rounds to its neighbour
         assert error_W.mean() <= 0.05
 
 
-class Repeated:
-    """A CUDA graph where there is no GPU: it does the work again, and leaves the result where it was the first time."""
-
-    def __init__(self, work: Callable[[], Decode]) -> None:
-        self._work = work
-        self.result = work()
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        found, (_, kept) = self._work()[1], self.result
-        if found is not None and kept is not None:
-            kept.copy_(found)
-
-
 def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs for 2 and 4 sequences take steps of 1, 3 and 2; what is filled up touches no block of anybody."""
-    repeated: list[Repeated] = []
-
-    def record_again(work: Callable[[], Decode], pool: object, device: torch.device) -> Recorded[Decode]:
-        repeated.append(Repeated(work))
-        return Recorded(cast(Any, repeated[-1]), repeated[-1].result)
-
-    monkeypatch.setattr(graphs, "_record", record_again)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    repeated = repeat_on_cpu(monkeypatch)
     one, other, third = tiny.prompts(30, 9, 24)
     steps = [
         Step(chunks=(chunk(0, one, 0, 20), chunk(1, other, 0, 8), chunk(2, third, 0, 16))),
@@ -84,8 +57,7 @@ def test_recorded_steps_are_the_same_and_leave_nothing_behind(tiny: Model, monke
     network.prepare(48)
     assert [len(each.result[0]) for each in repeated] == sorted((len(each.result[0]) for each in repeated), reverse=True)
     for step in steps:
-        wanted, found = plain.lead(step), recorded.lead(step)
-        assert wanted is not None and found is not None and found.equal(wanted)
+        assert lead(recorded, step).equal(lead(plain, step))
     for mine, theirs in zip(network.cache.pages, plain.network.cache.pages, strict=True):
         assert mine.view(torch.uint8)[:-1].equal(theirs.view(torch.uint8)[:-1])  # all but the spare block
     assert [each.replays for each in repeated] == [1, 2]  # largest first
@@ -112,4 +84,4 @@ def test_a_layer_of_a_decode_step_is_ten_launches(tiny: Model, monkeypatch: pyte
     theirs.lead(Step(chunks=(chunk(0, tiny.prompts(2)[0], 0, 1),)))
     aside, beside = ["route", "skinny", "skinny"], ["skinny", "attend", "skinny"]
     layer = ["norm", *aside, *beside, "norm", "skinny", "skinny"]
-    assert launched == [f"{name}_kernel" for name in [*layer * len(network.weights.layers), "norm", "skinny"]]
+    assert launched == [f"{name}_kernel" for name in ["embed", *layer * len(network.weights.layers), "norm", "skinny"]]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.tokenizer import Tokenizer
 from arctic_trt.runtime.batcher import Batcher, Completion, generate
 from arctic_trt.runtime.detokenizer import REPLACEMENT
+from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.runner import detokenizer_of
 from arctic_trt.runtime.sampler import Sampling
@@ -39,12 +39,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def saying(said: list[int]) -> object:
     """An engine that says given tokens, one at each position after the first; after BROKEN its logits are not finite."""
 
-    def execute(step: Step) -> Tensor:
+    def execute(step: Step) -> Logits:
         places = [chunk.start + at for chunk in step.chunks for at in range(chunk.logits_from, len(chunk.tokens))]
         tokens = [token for chunk in step.chunks for token in chunk.tokens[chunk.logits_from :]]
         logits_WV = torch.nn.functional.one_hot(torch.tensor([said[place] for place in places]), SIZE).float() * 50
         logits_WV[torch.tensor(tokens) == BROKEN] = float("nan")
-        return logits_WV
+        return Logits(logits_WV)
 
     return execute
 

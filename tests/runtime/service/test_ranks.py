@@ -235,11 +235,11 @@ def test_logits_that_are_not_finite_fail_one_call_alone(leader: Leader, monkeypa
     execute = Worker.execute
 
     def poisoned(self: Worker, step: Any) -> Any:
-        logits_WV = execute(self, step)
+        outcome = execute(self, step)
         for row, chunk in enumerate(step.chunks):
             if chunk.tokens[-1] == 500:
-                logits_WV[row, 3] = float("inf")
-        return logits_WV
+                outcome.logits()[row, 3] = float("inf")
+        return outcome
 
     monkeypatch.setattr(Worker, "execute", poisoned)
     leader.ask(1, prompt=[7], max_tokens=20)
