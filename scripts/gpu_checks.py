@@ -38,6 +38,7 @@ from arctic_trt.runtime.cuda.ops import FusedOps
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import CPU, KvCache
+from arctic_trt.runtime.step import LIKELIEST
 from arctic_trt.runtime.weights import RankWeights, load_rank
 from arctic_trt.runtime.worker import load_worker
 
@@ -185,7 +186,7 @@ def launches(place: Place) -> Iterator[Row]:
     context, room = place.size.context, KvRoom(4 * KvRoom(0).blocks_for(place.size.context))
     network = place.rank_network(place.ops(place.size.config, place.rank), room, GRAPHS)
     for sequences in (1, 3):
-        step, freed = steps_of(sequences, 1, context, room, network)
+        step, freed = steps_of(sequences, 1, context, room, network, LIKELIEST)
         network.cache.assign(step)
         again = same_again(step)
         with torch.inference_mode():

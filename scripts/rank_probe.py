@@ -25,7 +25,7 @@ from arctic_trt.runtime.kv_cache import CPU, KvCache
 from arctic_trt.runtime.layer import plan_shape
 from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
-from arctic_trt.runtime.step import Chunk, Step
+from arctic_trt.runtime.step import Choice, Chunk, Step
 from arctic_trt.runtime.weights import RankWeights, rank_weights
 
 FP8 = QuantFormat(fp8=True, kv_fp8=True)
@@ -50,13 +50,13 @@ PARTS = {
     "router": ("route",),
     "experts": ("expert_gated", "expert_project"),
     "sums": ("combine", "all_reduce", "all_gather"),
+    "tokens": ("embed", "choose"),
 }
 """Parts of a step, and the operations that they are made of."""
 PART_OF = {operation: part for part, operations in PARTS.items() for operation in operations}
 PART_OF_WEIGHT = {
     **dict.fromkeys(("qkv", "dense", "residual_fc", "residual_proj", "lm_head"), "products"),
     **dict.fromkeys(("input_norm", "post_norm", "residual_norm", "final_norm"), "norms"),
-    "router": "router",
 }
 
 
@@ -114,7 +114,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, name: str, generat
         return torch.full(shape, 0.02, device=device)
     if name.endswith("norm"):
         return torch.ones(shape, dtype=dtype, device=device)
-    return (torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[-1])).to(dtype)
+    return (torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[-1])).bfloat16().to(dtype)
 
 
 def random_weights(
@@ -187,10 +187,13 @@ def same_again(step: Step) -> Step:
     return Step(chunks=tuple(replace(chunk, blocks=()) for chunk in step.chunks))
 
 
-def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, network: CudaNetwork) -> tuple[Step, Step]:
+def steps_of(
+    sequences: int, tokens: int, context: int, room: KvRoom, network: CudaNetwork, choice: Choice | None = None
+) -> tuple[Step, Step]:
     """A step of ``tokens`` of each of ``sequences``, up to position ``context``, and the step that gives their blocks back.
 
-    Tokens are of those whose embedding ``network`` has: others are zeros without its partners, for which all experts are equal.
+    Each ends with ``choice``, or wants the last token's logits. Tokens are of those whose embedding ``network`` has: others are
+    zeros without its partners, for which all experts are equal.
     """
     each, words = room.blocks_for(context), held_words(network.config, network.rank)
     ids = torch.randint(0, words, (sequences, tokens), generator=torch.Generator().manual_seed(0)).tolist()
@@ -201,6 +204,7 @@ def steps_of(sequences: int, tokens: int, context: int, room: KvRoom, network: C
             tokens=tuple(ids[sequence]),
             blocks=tuple(range(sequence * each, (sequence + 1) * each)),
             logits_from=tokens - 1,
+            choice=choice,
         )
         for sequence in range(sequences)
     )
@@ -222,6 +226,8 @@ def traffic_of(config: ArcticConfig, rank: Rank, tokens: int, sequences: int, co
         if name in ("expert_fc", "expert_proj"):
             read["experts"] += spec.num_bytes * touched / held
             flops += 2 * math.prod(spec.shape[1:]) * tokens * top_k * held / config.num_local_experts
+        elif name == "router":
+            read["router"] += spec.num_bytes // 2  # a network has it in bf16
         elif name != "embedding":
             read[PART_OF_WEIGHT.get(name, "rest")] += spec.num_bytes
             if name == "lm_head" or spec.name.endswith(".weight"):

@@ -126,6 +126,7 @@ class TorchBackend:
             work.requests,
             self._engine.build_config,
             ahead=self.worker.ahead,
+            step_tokens=self.worker.step_tokens,
             room=self.worker.room,
             detokenizer=work.detokenizer,
             listeners=listeners,
@@ -143,7 +144,12 @@ class TorchBackend:
         worker, limits = self.worker, self._engine.build_config
         try:
             yield Batcher(
-                *(worker.lead, limits), ahead=worker.ahead, room=worker.room, detokenizer=detokenizer, listeners=listeners
+                *(worker.lead, limits),
+                ahead=worker.ahead,
+                step_tokens=worker.step_tokens,
+                room=worker.room,
+                detokenizer=detokenizer,
+                listeners=listeners,
             )
         except ArcticTrtError:
             self.worker.dismiss()

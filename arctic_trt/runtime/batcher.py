@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 CANCELLED = "cancelled"
 STEP_TOKENS = 1024
-"""Of a step, at most, unless more sequences decode: more would only take more memory, weights are not the bound any more."""
+"""Of a step on CPUs, at most, unless more sequences decode: more would only take memory, weights are not the bound any more."""
 
 Execute = Callable[[Step], Outcome | None]
 OnPiece = Callable[[int, str], None]
@@ -39,9 +39,9 @@ OnError = Callable[[int, ArcticTrtError], None]
 OnPromptLogits = Callable[[int, int, Tensor], None]
 
 
-def most_step_tokens(limits: BuildConfig) -> int:
-    """Tokens of the largest step that a batcher asks for."""
-    return min(limits.max_num_tokens, max(STEP_TOKENS, limits.max_batch_size))
+def most_step_tokens(limits: BuildConfig, step_tokens: int) -> int:
+    """Tokens of the largest step that a batcher asks for: ``step_tokens``, more if so many sequences may decode at once."""
+    return min(limits.max_num_tokens, max(step_tokens, limits.max_batch_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,8 @@ class Batcher:
     """Requests under way in one engine.
 
     ``execute`` has all ranks compute a step and returns what comes of it. With ``ahead`` the ranks choose the tokens of requests
-    that allow it, and a step may be executed before the one before it has been computed. ``room`` is what the ranks' caches have;
+    that allow it, and a step may be executed before the one before it has been computed. Steps with prompts have ``step_tokens``
+    at most, or what the ``limits`` allow. ``room`` is what the ranks' caches have;
     None is room for all that the ``limits`` allow at once. Between two steps requests may be added and cancelled; what comes of
     each is told to ``listeners``. Not safe to use from several threads at once.
     """
@@ -145,6 +146,7 @@ class Batcher:
         limits: BuildConfig,
         *,
         ahead: bool = False,
+        step_tokens: int = STEP_TOKENS,
         room: KvRoom | None = None,
         detokenizer: Callable[[], Detokenizer | None] = lambda: None,
         listeners: Listeners | None = None,
@@ -156,7 +158,7 @@ class Batcher:
         self._scheduler = Scheduler(
             self._room,
             max_batch_size=limits.max_batch_size,
-            max_num_tokens=most_step_tokens(limits),
+            max_num_tokens=most_step_tokens(limits, step_tokens),
         )
         self._detokenizer = detokenizer
         self._listeners = listeners or Listeners()
@@ -313,6 +315,7 @@ def generate(
     limits: BuildConfig,
     *,
     ahead: bool = False,
+    step_tokens: int = STEP_TOKENS,
     room: KvRoom | None = None,
     detokenizer: Callable[[], Detokenizer | None] = lambda: None,
     listeners: Listeners | None = None,
@@ -326,7 +329,9 @@ def generate(
         told.on_done(index, completion)
 
     telling = replace(told, on_done=on_done)
-    batcher = Batcher(execute, limits, ahead=ahead, room=room, detokenizer=detokenizer, listeners=telling)
+    batcher = Batcher(
+        *(execute, limits), ahead=ahead, step_tokens=step_tokens, room=room, detokenizer=detokenizer, listeners=telling
+    )
     for request in requests:
         batcher.add(request)
     while not batcher.idle:

@@ -13,6 +13,7 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
+from arctic_trt.runtime.batcher import STEP_TOKENS
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.kv_cache import KvCache
@@ -37,10 +38,12 @@ class Forward(Protocol):
 class Worker:
     """A rank's network and cache behind a single verb, :meth:`execute`. ``on_reserved`` is called when the cache has its room.
 
-    ``ahead`` says whether it takes a step's choices, and may return before the step has been computed.
+    ``ahead`` says whether it takes a step's choices, and may return before the step has been computed; ``step_tokens``, how many
+    tokens a step with prompts should have at most.
     """
 
     ahead = False
+    step_tokens = STEP_TOKENS
 
     def __init__(self, network: Forward, on_reserved: Callable[[], None] = lambda: None) -> None:
         self.network = network

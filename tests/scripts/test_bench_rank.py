@@ -85,7 +85,7 @@ def test_a_token_reads_its_two_experts_and_all_that_is_dense() -> None:
     assert one.parts["attention"] == one.bytes - weights
     assert 8 * weights == pytest.approx(17.4e9, rel=0.06)
     assert one.parts["experts"] == pytest.approx(35 * 2 * 3 * 608 * 7168, rel=1e-3)
-    assert one.parts["router"] == 35 * 128 * 7168 * 4 and one.parts["norms"] == (35 * 3 + 1) * 7168 * 2
+    assert one.parts["router"] == 35 * 128 * 7168 * 2 and one.parts["norms"] == (35 * 3 + 1) * 7168 * 2
     many = rank_probe.traffic_of(RELEASED, RANK, 2048, 1, 2048)
     assert many.bytes > 25 * one.bytes and many.flops == pytest.approx(2048 * one.flops, rel=0.02)
 

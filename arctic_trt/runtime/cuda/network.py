@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from arctic_trt.runtime.kernels import Projection
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.layer import plan_shape
 from arctic_trt.runtime.network import bring_to_rank_0
+from arctic_trt.runtime.scheduler import PROMPT_LOGITS_A_STEP
 from arctic_trt.runtime.step import Chunk, Step
 from arctic_trt.runtime.weights import LayerWeights, RankWeights
 
@@ -74,7 +76,8 @@ class CudaNetwork:
         max_choices: int = 256,
         graphs: Sequence[int] = (),
     ) -> None:
-        self.config, self.rank, self.weights, self.cache, self.comm = config, rank, weights, cache, comm
+        self.config, self.rank, self.cache, self.comm = config, rank, cache, comm
+        self.weights = replace(weights, layers=[replace(layer, router=narrowed(layer.router)) for layer in weights.layers])
         self._ops, self._device, self._graphs = ops, device, sorted(graphs)
         self._shape = plan_shape(config, rank)
         self._max_seq_len = min(max_seq_len, config.max_position_embeddings)
@@ -96,14 +99,14 @@ class CudaNetwork:
         longest = min(most_tokens, self._max_seq_len)
         counts = [longest] * (most_tokens // longest) + [most_tokens % longest] * bool(most_tokens % longest)
         with out_of_memory_is_refused(f"A step of {most_tokens} tokens", self._device):
-            step = nobodys_step(counts)
+            step = nobodys_step(counts, PROMPT_LOGITS_A_STEP + len(counts))
             layout = plan_layout(step, self._group, self._shape.kv_heads, self._width)
             self._run(self._stage_nobodys(step, layout)[1], step.num_logits)
 
     def _decode(self, sequences: int) -> Callable[[], Decode]:
         """A decode step of ``sequences``, to be recorded."""
         layout = plan_decode_layout(sequences, self._group, self._shape.kv_heads, self._width)
-        array, step = self._stage_nobodys(nobodys_step([1] * sequences), layout)
+        array, step = self._stage_nobodys(nobodys_step([1] * sequences, sequences), layout)
         return lambda: (array, self._run(step, layout.wanted))
 
     def _stage_nobodys(self, step: Step, layout: Layout) -> tuple[Tensor, Staged]:
@@ -260,9 +263,19 @@ class CudaNetwork:
         return self.comm.all_gather(self._ops.project(normed, lm_head, torch.float32))[:, : self.config.vocab_size]
 
 
-def nobodys_step(counts: Sequence[int]) -> Step:
-    """A step of new sequences of ``counts`` tokens each, which are all token 0 and all want logits."""
-    chunks = (Chunk(sequence=row, start=0, tokens=(0,) * count, blocks=(), logits_from=0) for row, count in enumerate(counts))
+def narrowed(weight: Tensor) -> Tensor:
+    """The same numbers in bf16 if it has them all, as it has a router's, which a checkpoint keeps in float32."""
+    narrow = weight.bfloat16()
+    return narrow if torch.equal(narrow.float(), weight) else weight
+
+
+def nobodys_step(counts: Sequence[int], most_logits: int) -> Step:
+    """A step of new sequences of ``counts`` tokens each, which are all token 0 and want ``most_logits`` if there are so many."""
+    chunks, left = [], most_logits
+    for row, count in enumerate(counts):
+        wanted = min(count, left)
+        left -= wanted
+        chunks.append(Chunk(sequence=row, start=0, tokens=(0,) * count, blocks=(), logits_from=count - wanted))
     return Step(chunks=tuple(chunks))
 
 

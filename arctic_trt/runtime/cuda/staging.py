@@ -175,7 +175,7 @@ class Staging:
         """An array int32 [size] that the device does not read any more."""
         self._turn = 1 - self._turn
         read = self._read[self._turn]
-        if read is not None:
+        if read is not None and not read.query():
             read.synchronize()
         if len(self._arrays[self._turn]) < size:
             self._arrays[self._turn] = staging_buffer(size, self._device)

@@ -30,6 +30,9 @@ from arctic_trt.runtime.weights import load_rank
 from arctic_trt.runtime.worker import Worker
 
 REPORT_S = 5.0
+STEP_TOKENS = 4096
+"""Of a step, at most, unless more sequences decode. From some 300 tokens on a step reads all experts, which takes an H200 12 ms
+whatever is computed with them; sequences that decode beside a prompt wait longer for this many than for fewer."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class CudaWorker(Worker):
     """A rank on a GPU, which may have two steps to compute at a time: see :class:`arctic_trt.runtime.worker.Worker`."""
 
     ahead = True
+    step_tokens = STEP_TOKENS
     network: CudaNetwork
 
     def execute(self, step: Step) -> Outcome | None:
@@ -93,7 +97,7 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
         device=device,
         spare_blocks=1,
     )
-    most_tokens = most_step_tokens(limits)
+    most_tokens = most_step_tokens(limits, STEP_TOKENS)
     network = CudaNetwork(
         *(config, rank, weights, cache, comm, ops),
         device=device,

@@ -14,7 +14,7 @@ from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.cuda import worker as module
 from arctic_trt.runtime.cuda.library import Thresholds
-from arctic_trt.runtime.cuda.network import CudaNetwork
+from arctic_trt.runtime.cuda.network import CudaNetwork, narrowed, nobodys_step
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.worker import connect_devices, load_cuda_worker
 from arctic_trt.runtime.worker import Worker
@@ -44,6 +44,32 @@ def test_a_loaded_rank_records_for_its_engines_limits(tiny: Model, monkeypatch: 
     assert not prepared and asked == [Thresholds(recorded=12)]
     worker.reserve(ROOM)
     assert prepared == [600] and cast(Any, worker.network)._graphs == [1, 2, 4, 8, 12]
+
+
+def test_a_gpus_steps_are_larger_than_a_cpus(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = build_engine(tiny.checkpoint("fp8"), tiny.work_dir / "many", max_batch_size=2, max_num_tokens=8192)
+    engine = read_engine_config(directory)
+    prepared: list[int] = []
+    monkeypatch.setattr(module, "make_ops", lambda *arguments: TwinOps())
+    monkeypatch.setattr(CudaNetwork, "prepare", lambda self, most_tokens: prepared.append(most_tokens))
+    worker = load_cuda_worker(directory, engine, engine.network()[1].rank(0), SoloCommunicator(), CPU)
+    worker.reserve(ROOM)
+    assert prepared == [worker.step_tokens] == [4096] and Worker.step_tokens == 1024
+
+
+def test_a_routers_numbers_are_kept_in_bf16_if_it_has_them(tiny: Model) -> None:
+    network = twin_worker(tiny.engine("fp8"), SoloCommunicator()).network
+    assert isinstance(network, CudaNetwork)
+    assert all(layer.router.dtype == torch.bfloat16 for layer in network.weights.layers), "trained in bf16"
+    exact, inexact = torch.tensor([[1.5, -0.125]]), torch.tensor([[1.5, 0.1]])
+    assert torch.equal(narrowed(exact).float(), exact) and narrowed(exact).dtype == torch.bfloat16
+    assert narrowed(inexact) is inexact
+
+
+def test_prompt_logits_of_the_largest_step_are_those_that_can_be_asked_for() -> None:
+    step = nobodys_step([5, 3, 4], 7)
+    assert [(chunk.logits_from, chunk.num_logits) for chunk in step.chunks] == [(0, 5), (1, 2), (4, 0)]
+    assert nobodys_step([1, 1], 2).num_logits == 2
 
 
 def test_the_largest_step_may_be_longer_than_a_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

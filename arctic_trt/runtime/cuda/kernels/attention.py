@@ -58,13 +58,12 @@ def attend_kernel(
     row = tl.program_id(0) if SINGLE else tl.num_programs(0) - 1 - tl.program_id(0)  # rows that see most begin first
     chunk, offset = tl.load(chunk_ptr + row), tl.load(offset_ptr + row)
     start, count = tl.load(start_ptr + chunk), tl.load(count_ptr + chunk)
-    lane = tl.arange(0, BLOCK_M)
+    lane, h = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
     of_chunk = offset + lane // GROUP
     head = kv_head * GROUP + lane % GROUP
     valid = (lane < ROW_TOKENS * GROUP) & (of_chunk < count)
     first = tl.load(first_ptr + chunk)
     token = (first + of_chunk).to(tl.int64)
-    h = tl.arange(0, BLOCK_H)
     q_mask = valid[:, None] & (h[None, :] < SIZE)
     kv_scale = tl.load(scale_ptr) if FP8 else 1.0
     factor, last = softmax_scale * kv_scale, start + of_chunk
