@@ -38,15 +38,22 @@ from arctic_trt.runtime.cuda.ops import FusedOps
 from arctic_trt.runtime.cuda.twin import TwinOps
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import CPU, KvCache
-from arctic_trt.runtime.step import LIKELIEST
+from arctic_trt.runtime.step import LIKELIEST, Choice
 from arctic_trt.runtime.weights import RankWeights, load_rank
 from arctic_trt.runtime.worker import load_worker
 
-Row = tuple[str, bool, str]
+Row = tuple[str, bool | None, str]
+"""What was looked at, whether it is as it should be (None: it was not looked at), and figures."""
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-arctic"
 TINY_POSITIONS = 512
 TP_SIZE = 8
 GRAPHS = [1, 2, 4]
+CHOICES = [
+    LIKELIEST,
+    Choice(temperature=0.7, uniform=0.9),
+    Choice(top_k=40, uniform=0.3),
+    Choice(top_p=0.9, min_p=0.01, uniform=0.6),
+]
 ACTIVATION_SCALES_APART = 2.0**-5
 """Four roundings to bf16: a site's input has passed several products, each added up in an order of its device."""
 LOAD_SHARE = 0.7
@@ -171,7 +178,7 @@ def kernels(place: Place) -> Iterator[Row]:
     plans = [(count, 1, size.context) for count in size.decodes] + [(1, count, count) for count in size.prefills]
     with torch.inference_mode():
         for sequences, tokens, end in plans:
-            step, freed = steps_of(sequences, tokens, end, room, network)
+            step, freed = steps_of(sequences, tokens, end, room, network, *CHOICES)
             network.cache.assign(step)
             network.forward(step)
             network.cache.assign(freed)
@@ -181,7 +188,7 @@ def kernels(place: Place) -> Iterator[Row]:
 def launches(place: Place) -> Iterator[Row]:
     """What one decode step asks of the driver, and whether anything in it waits for the device."""
     if place.device.type != "cuda":
-        yield "decode step", True, "needs a GPU: not looked at"
+        yield "decode step", None, "needs a GPU"
         return
     context, room = place.size.context, KvRoom(4 * KvRoom(0).blocks_for(place.size.context))
     network = place.rank_network(place.ops(place.size.config, place.rank), room, GRAPHS)
@@ -306,10 +313,10 @@ def loading(place: Place) -> Iterator[Row]:
     host = part / min(_seconds(place, lambda: buffer.copy_(whole)) for _ in range(4))
     bus = part / min(_seconds(place, lambda: target.copy_(buffer, non_blocking=True)) for _ in range(4))
     path.unlink()
-    plain = f"within the host {host / 1e9:.1f}, from pinned memory {bus / 1e9:.1f}"
-    figures = f"{rate / 1e9:.1f} GB/s; {plain}; bytes {'equal' if same else 'differ'}"
-    fast = place.device.type != "cuda" or rate >= LOAD_SHARE * min(host, bus)
-    yield f"upload, at least {LOAD_SHARE} of the slower", same and fast, figures
+    yield "bytes of an upload", same, "equal" if same else "differ"
+    figures = f"{rate / 1e9:.1f} GB/s; within the host {host / 1e9:.1f}, from pinned memory {bus / 1e9:.1f}"
+    fast = rate >= LOAD_SHARE * min(host, bus) if place.device.type == "cuda" else None
+    yield f"rate, at least {LOAD_SHARE} of the slower", fast, figures
 
 
 def _seconds(place: Place, work: Callable[[], object]) -> float:

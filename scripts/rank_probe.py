@@ -188,12 +188,12 @@ def same_again(step: Step) -> Step:
 
 
 def steps_of(
-    sequences: int, tokens: int, context: int, room: KvRoom, network: CudaNetwork, choice: Choice | None = None
+    sequences: int, tokens: int, context: int, room: KvRoom, network: CudaNetwork, *choices: Choice
 ) -> tuple[Step, Step]:
     """A step of ``tokens`` of each of ``sequences``, up to position ``context``, and the step that gives their blocks back.
 
-    Each ends with ``choice``, or wants the last token's logits. Tokens are of those whose embedding ``network`` has: others are
-    zeros without its partners, for which all experts are equal.
+    Each ends with one of ``choices`` by turns, or wants the last token's logits. Tokens are of those whose embedding ``network``
+    has: others are zeros without its partners, for which all experts are equal.
     """
     each, words = room.blocks_for(context), held_words(network.config, network.rank)
     ids = torch.randint(0, words, (sequences, tokens), generator=torch.Generator().manual_seed(0)).tolist()
@@ -204,7 +204,7 @@ def steps_of(
             tokens=tuple(ids[sequence]),
             blocks=tuple(range(sequence * each, (sequence + 1) * each)),
             logits_from=tokens - 1,
-            choice=choice,
+            choice=choices[sequence % len(choices)] if choices else None,
         )
         for sequence in range(sequences)
     )

@@ -37,6 +37,8 @@ def test_the_whole_program_on_a_cpu(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["good"] and "twins stand for kernels" in found["device"]
     assert [check["check"] for check in found["checks"]] == ["tiny", "rank", "kernels", "launches", "quantize", "load"]
+    assert [check["good"] for check in found["checks"]] == [True, True, True, None, True, True], "what needs a GPU is not good"
+    assert found["checks"][-1]["rows"][-1][:2] == ["rate, at least 0.7 of the slower", None]
     assert [json.loads(line) for line in out.read_text().splitlines()] == found["checks"]
     rows = {check["check"]: [what for what, _, _ in check["rows"]] for check in found["checks"]}
     assert rows["tiny"] == rows["rank"] == ["prefill", "decode", "prompt in parts", "batch"]
