@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from arctic_trt.cli.main import run_cli
+from arctic_trt.triton.text import WITHOUT_TORCH
 from tests.support.checkpoints import SMALL, TINY, random_checkpoint, random_ids, write_samples
 from tests.support.jobs import Job
 from tests.trtllm_standin.fixtures import trtllm_standin
@@ -24,6 +26,10 @@ __all__ = ["trtllm_standin"]  # pytest finds fixtures in the namespace of a conf
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that first
+for name in WITHOUT_TORCH:  # the controller's environment, if this is one of its workers
+    os.environ.pop(name, None)
+importlib.import_module("transformers")  # with torch, for tests that compare with its models
+os.environ.update(WITHOUT_TORCH)  # programs that tests start only tokenize, and start a second sooner without
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, and inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # how long an example takes says more about the machine than about the code

@@ -19,12 +19,14 @@ from tests.support.jobs import quantize
 
 ROOT = Path(__file__).parents[2]
 ENGINES = sorted((ROOT / "engines").glob("*.yaml"))
-TRTLLM = [path for path in ENGINES if path.stem != "cpu-tiny"]
+FOR_MACHINES = [path for path in ENGINES if path.stem != "cpu-tiny"]
+TRTLLM = [path for path in FOR_MACHINES if not path.stem.endswith("-torch")]
 ARCTIC = ROOT / "tests" / "data" / "arctic-config" / "config.json"
 NOWHERE = {"checkpoint_dir": Path("checkpoint"), "output_dir": Path("engine")}
 SUM = re.compile(r"weights ([\d.]+) GB \+ KV cache ([\d.]+) GB \+ activations ([\d.]+) GB = ([\d.]+) GB")
 
 each = pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
+each_for_a_machine = pytest.mark.parametrize("path", FOR_MACHINES, ids=lambda path: path.stem)
 each_of_trtllm = pytest.mark.parametrize("path", TRTLLM, ids=lambda path: path.stem)
 
 
@@ -51,7 +53,7 @@ def planned(path: Path) -> dict[str, Any]:
 def test_the_machines_that_are_asked_for_are_there() -> None:
     assert {path.stem for path in ENGINES} == {
         *("cpu-tiny", "h100x8-fp8", "h100x8-fp8-latency", "h100x8-fp8-throughput", "h100x8-fp8-ootb", "h100x16-bf16"),
-        *("h200x8-fp8", "h200x8-fp8-throughput", "h200x4-fp8"),
+        *("h200x8-fp8", "h200x8-fp8-throughput", "h200x4-fp8", "h100x8-torch", "h200x8-torch"),
     }
 
 
@@ -62,7 +64,7 @@ def test_a_recipe_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith("# ") and len(comment(path)) > 60
 
 
-@each_of_trtllm
+@each_for_a_machine
 def test_a_recipe_knows_its_machine(path: Path) -> None:
     expects = read(path).expects
     assert expects is not None and expects.machine in {f"{machine.count} x {machine.name}" for machine in MACHINES}
@@ -71,7 +73,7 @@ def test_a_recipe_knows_its_machine(path: Path) -> None:
     assert "has not been run on such a machine yet" in comment(path)
 
 
-@each_of_trtllm
+@each_for_a_machine
 def test_the_memory_arithmetic_is_that_of_plan(path: Path) -> None:
     plan, expects = planned(path), read(path).expects
     assert expects is not None
@@ -146,12 +148,13 @@ def test_a_checkpoint_of_another_kind_is_refused(
     assert done.code == 2 and complaint in done.err
 
 
-def test_the_tiny_recipe_builds_and_runs_here(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, arctic_trt: Callable[..., Finished]
+@pytest.mark.parametrize("recipe", ["cpu-tiny", "h100x8-torch", "h200x8-torch"])
+def test_the_recipes_of_the_portable_engine_build_here(
+    recipe: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, arctic_trt: Callable[..., Finished]
 ) -> None:
     checkpoint = checkpoint_for(tmp_path_factory, 8, 1, "fp8")
     words = ["--checkpoint_dir", checkpoint, "--output_dir", tmp_path / "engine"]
-    done = arctic_trt("build", "--config", ROOT / "engines" / "cpu-tiny.yaml", *words, "--json")
+    done = arctic_trt("build", "--config", ROOT / "engines" / f"{recipe}.yaml", *words, "--json")
     assert done.code == 0 and json.loads(done.out)["backend"] == "torch"
     assert "without effect" not in done.err
 

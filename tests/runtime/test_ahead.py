@@ -32,6 +32,7 @@ from tests.runtime.test_traffic import (
     RememberingRanks,
     Traffic,
     alone,
+    check_all_are_answered,
     check_nothing_is_lost,
     make_request,
 )
@@ -100,8 +101,7 @@ class NoisyChoosingRanks(Noisy, ChoosingRanks):
     pass
 
 
-@settings(max_examples=4, phases=[Phase.generate], derandomize=True)
-@given(st.integers(0, 2**32), st.integers(1, 2))
+@pytest.mark.parametrize(("seed", "patience"), [(1, 1), (2, 1), (3, 2), (4, 2)])
 def test_events_among_ranks_that_are_late(seed: int, patience: int) -> None:
     """1500 each; every completion is what the request alone would get, or the beginning of it if it was cancelled."""
     done: dict[int, Completion] = {}
@@ -111,11 +111,7 @@ def test_events_among_ranks_that_are_late(seed: int, patience: int) -> None:
     traffic = Traffic(batcher, random.Random(seed), vocabulary=VOCABULARY, longest=LONGEST, patience=patience)
     traffic.flow(1500)
     check_nothing_is_lost(batcher)
-    assert done.keys() == traffic.requests.keys()
-    for index, request in traffic.requests.items():
-        expected, found = alone(request), done[index]
-        cancelled = found.finish_reason == "cancelled"
-        assert found.token_ids == (expected[: len(found.token_ids)] if cancelled else expected)
+    check_all_are_answered(traffic, done)
     assert batcher.stats.preemptions and batcher.stats.reused_tokens
     assert ranks.most_ahead in (2, 3), "the third one is of sequences that were all cancelled"
     assert any(UNKNOWN in chunk.tokens for step in ranks.steps for chunk in step.chunks)

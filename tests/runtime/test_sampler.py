@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from arctic_trt.errors import UsageError
@@ -119,11 +119,12 @@ def test_out_of_range(flags: dict[str, Any], named: str) -> None:
 
 
 @given(logits, samplings)
+@example(np.array([-5e-41, 0.0], np.float32), Sampling(top_p=0.5))  # different logits, equal weights: the first stays
 def test_candidates_are_the_likeliest(logits_V: Floats, sampling: Sampling) -> None:
     shares = distribution(logits_V, sampling)
     kept = shares > 0
     assert shares.sum() == pytest.approx(1) and 1 <= kept.sum() <= (sampling.top_k or len(logits_V))
-    assert shares[int(logits_V.argmax())] == shares.max()
+    assert shares[logits_V >= logits_V.max() - 1e-4].max() == shares.max()
     ids, weights = candidates(logits_V, sampling)
     assert weights.max() == 1 and len(set(ids.tolist())) == len(ids)
     left_out = np.setdiff1d(np.arange(len(logits_V)), ids)

@@ -162,7 +162,7 @@ def quantize_with_other_scales(model: Path, out: Path, samples: Path, algorithm:
     source = HfCheckpoint(model)
     weights = {name: source.read(name).abs().max().float() * 0.77 for name in hf_shapes(config) if "mlp" in name or "moe" in name}
     sites = [dict.fromkeys((*ACTIVATION_SITES.values(), K_CACHE, V_CACHE), torch.tensor(3.0))] * config.num_hidden_layers
-    monkeypatch.setattr("arctic_trt.quantize.job._ask_modelopt", lambda plan, team: GivenAmax(sites, weights))
+    monkeypatch.setattr("arctic_trt.quantize.job._ask_modelopt", lambda *arguments: GivenAmax(sites, weights))
     options = {"calibrator": "modelopt", "calib_algorithm": algorithm, "tp_size": 4, "moe_ep_size": 2}
     quantize(model, out, calib_dataset=str(samples), **options)
 

@@ -25,22 +25,15 @@ def project_kernel(
     """``TOP_K`` slots read one row of x; 0 is for a dense product. ``GATED`` says which half goes through SiLU."""
     block = tl.program_id(1)
     lane = tl.arange(0, BLOCK_M)
-    weight_base = w_ptr
-    if TOP_K == 0:
-        row = block * BLOCK_M + lane
-        source, alpha_at = row, alpha_ptr
-    else:
-        if SORTED:
-            row = tl.load(slot_ptr + block * BLOCK_M + lane)
-        else:
-            row = tl.where(lane == 0, block, rows)
+    row, source = find_rows(block, lane, slot_ptr, rows, TOP_K, SORTED)
+    weight_base, alpha_at = w_ptr, alpha_ptr
+    if TOP_K > 0:
         expert = tl.load(expert_ptr + block)
         if expert < 0:
             return
-        source = row // TOP_K
         rows_of_weight = columns * 2 if GATED != NONE else columns
         weight_base += expert.to(tl.int64) * rows_of_weight * length
-        alpha_at = alpha_ptr + expert
+        alpha_at += expert
     valid = row < rows
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -65,6 +58,21 @@ def project_kernel(
         first *= tl.load(share_ptr + row, mask=valid, other=0.0)[:, None]
     y_at = y_ptr + row.to(tl.int64)[:, None] * columns + n[None, :]
     store_activation(y_at, first, out_scale_ptr, valid[:, None] & (n[None, :] < columns), FP8_OUT)
+
+
+@triton.jit
+def find_rows(block, lane, slot_ptr, rows, TOP_K: tl.constexpr, SORTED: tl.constexpr):
+    """Rows of a result that are in a block, ``rows`` or more for none, and the rows of x that they are made of."""
+    if TOP_K == 0:
+        row = block * lane.shape[0] + lane
+        source = row
+    else:
+        if SORTED:
+            row = tl.load(slot_ptr + block * lane.shape[0] + lane)
+        else:
+            row = tl.where(lane == 0, block, rows)
+        source = row // TOP_K
+    return row, source
 
 
 @triton.jit

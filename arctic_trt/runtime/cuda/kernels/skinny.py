@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from arctic_trt.runtime.cuda.kernels.common import prefetch, silu, store_activation, wait_for_inputs
-from arctic_trt.runtime.cuda.kernels.project import FIRST_HALF, NONE
+from arctic_trt.runtime.cuda.kernels.project import FIRST_HALF, NONE, find_rows
 
 
 @triton.jit
@@ -29,21 +29,14 @@ def skinny_kernel(
     if PREFETCHED:
         _prefetch_rows(w_ptr, tl.program_id(0) * (BLOCK_N // HALVES), BLOCK_N // HALVES, columns, length, HALVES)
     wait_for_inputs(EARLY)
-    weight_base = w_ptr
-    if TOP_K == 0:
-        row = block * BLOCK_M + lane
-        source, alpha_at = row, alpha_ptr
-    else:
-        if SORTED:
-            row = tl.load(slot_ptr + block * BLOCK_M + lane)
-        else:
-            row = tl.where(lane == 0, block, rows)
+    row, source = find_rows(block, lane, slot_ptr, rows, TOP_K, SORTED)
+    weight_base, alpha_at = w_ptr, alpha_ptr
+    if TOP_K > 0:
         expert = tl.load(expert_ptr + block)
         if expert < 0:
             return
-        source = row // TOP_K
         weight_base += expert.to(tl.int64) * HALVES * columns * length
-        alpha_at = alpha_ptr + expert
+        alpha_at += expert
     valid = row < rows
     x_at = x_ptr + source.to(tl.int64)[None, :, None] * length
     w_at = weight_base + weight_row.to(tl.int64)[None, :, None] * length
