@@ -36,6 +36,11 @@ settings.register_profile("busy", deadline=None)  # how long an example takes sa
 settings.load_profile("busy")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the one server comes first: so one worker gets all of it, and none waits for another's turn."""
+    items.sort(key=lambda item: item.path.name != "test_served.py")
+
+
 @dataclass(frozen=True)
 class Finished:
     """One command line that has run in this process: exit code, stdout, stderr."""
