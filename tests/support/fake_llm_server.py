@@ -51,13 +51,19 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append({"path": self.path, **body})
             fault = self.server.faults.pop(0) if self.server.faults else None
+            self._inside = True
             self.server.under_way += 1
             self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
         try:
             self._answer(body, fault)
         finally:
-            with self.server.lock:
-                self.server.under_way -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        """Not under way any more; said before the end of an answer is sent, after which the client may ask again at once."""
+        with self.server.lock:
+            self.server.under_way -= self._inside
+            self._inside = False
 
     def _answer(self, body: dict[str, Any], fault: str | None) -> None:
         if fault == "500" or self.path not in (TRITON, OPENAI):
@@ -88,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.usage:
                 self._event(json.dumps({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}))
             self._event("[DONE]")
+        self._leave()
         self._chunk(b"")
 
     def _piece(self, index: int, *, last: bool) -> dict[str, Any]:
