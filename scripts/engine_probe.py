@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arctic_trt.quantize.meter import Meter
 from arctic_trt.report.bench.workload import BenchPrompt, RandomPrompts
-from arctic_trt.runtime.batcher import Listeners
+from arctic_trt.runtime.completion import Listeners
 from arctic_trt.runtime.open_engine import OpenEngine, open_engine
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling

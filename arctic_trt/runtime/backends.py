@@ -17,9 +17,10 @@ from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions, TrtLlmSession
 from arctic_trt.errors import ArcticTrtError, UsageError
 from arctic_trt.launch import find_launch
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator, agreement
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.detokenizer import Detokenizer
 from arctic_trt.runtime.device import AUTO, CPU, CUDA, look_around, take_device
 from arctic_trt.runtime.kv_budget import KvBudget, check_fits, check_room, free_on_gpu, free_on_host, plan_room

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,108 +17,18 @@ from torch import Tensor
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.runtime.blocks import KvRoom
-from arctic_trt.runtime.chooser import Chooser, TokenLogprobs, broken_logits, choose_tokens
-from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
+from arctic_trt.runtime.chooser import Chooser, broken_logits, choose_tokens
+from arctic_trt.runtime.completion import CANCELLED, Completion, Listeners
+from arctic_trt.runtime.detokenizer import Detokenizer, StopWords, Writer
 from arctic_trt.runtime.kv_budget import check_fits, room_for
 from arctic_trt.runtime.outcome import BROKEN, Outcome
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.scheduler import Scheduler, Sequence, Stats
-from arctic_trt.runtime.step import Step
+from arctic_trt.runtime.step import STEP_TOKENS, Step, most_step_tokens
 
 logger = logging.getLogger(__name__)
 
-CANCELLED = "cancelled"
-STEP_TOKENS = 1024
-"""Of a step on CPUs, at most, unless more sequences decode: more would only take memory, weights are not the bound any more."""
-
 Execute = Callable[[Step], Outcome | None]
-OnPiece = Callable[[int, str], None]
-OnToken = Callable[[int, int], None]
-OnSettled = Callable[[int, list[int], tuple[TokenLogprobs, ...] | None], None]
-OnError = Callable[[int, ArcticTrtError], None]
-OnPromptLogits = Callable[[int, int, Tensor], None]
-
-
-def most_step_tokens(limits: BuildConfig, step_tokens: int) -> int:
-    """Tokens of the largest step that a batcher asks for: ``step_tokens``, more if so many sequences may decode at once."""
-    return min(limits.max_num_tokens, max(step_tokens, limits.max_batch_size))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What became of one request; ``token_ids`` are the generated ones, with the end token if it came to one.
-
-    ``finish_reason`` is ``stop``, ``length`` or ``cancelled``; ``logprobs`` are of ``token_ids``, if they were wanted.
-    """
-
-    prompt: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-
-
-OnDone = Callable[[int, Completion], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listeners:
-    """Who is told while generation goes on, always with the request's index first.
-
-    Of a piece of text that has become certain, of each token as it is chosen, of the completion, and of prompt logits
-    (request, first position, [W, V]). ``on_settled`` is told of tokens, and their log probabilities if they were wanted, once the
-    text of all tokens so far is out and more are to come. With ``on_error`` a request whose next token cannot be chosen is taken
-    out and the others go on; without it, that is raised.
-    """
-
-    on_piece: OnPiece = lambda index, piece: None
-    on_token: OnToken = lambda index, token: None
-    on_settled: OnSettled = lambda index, tokens, logprobs: None
-    on_done: OnDone = lambda index, completion: None
-    on_error: OnError | None = None
-    on_prompt_logits: OnPromptLogits = lambda index, start, logits_WV: None
-
-
-@dataclass(slots=True)
-class Writer:
-    """One sequence's way from tokens to text; without a detokenizer there is no text."""
-
-    index: int
-    on_piece: OnPiece
-    detokenizer: Detokenizer | None
-    stop_words: StopWords
-    pieces: list[str] = field(default_factory=list)
-    num_settled: int = 0
-
-    def push(self, token: int) -> bool:
-        """Add a token's text; returns whether a stop word has appeared."""
-        return self.detokenizer is not None and self._add(self.detokenizer.push(token))
-
-    def flush(self) -> bool:
-        """Add what was held back; returns whether a stop word has appeared in it."""
-        if self.detokenizer is not None and self._add(self.detokenizer.flush()):
-            return True
-        self._emit(self.stop_words.flush())
-        return False
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-    @property
-    def settled(self) -> bool:
-        """The text of all tokens so far is out."""
-        return self.detokenizer is not None and not self.detokenizer.open and not self.stop_words.holding
-
-    def _add(self, piece: str) -> bool:
-        text, stopped = self.stop_words.push(piece)
-        self._emit(text)
-        return stopped
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self.pieces.append(text)
-            self.on_piece(self.index, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +45,9 @@ class Batcher:
 
     ``execute`` has all ranks compute a step and returns what comes of it. With ``ahead`` the ranks choose the tokens of requests
     that allow it, and a step may be executed before the one before it has been computed. Steps with prompts have ``step_tokens``
-    at most, or what the ``limits`` allow. ``room`` is what the ranks' caches have;
-    None is room for all that the ``limits`` allow at once. Between two steps requests may be added and cancelled; what comes of
-    each is told to ``listeners``. Not safe to use from several threads at once.
+    at most, or what the ``limits`` allow. ``room`` is what the ranks' caches have; None is room for all that the ``limits`` allow
+    at once. Between two steps requests may be added and cancelled; what comes of each is told to ``listeners``. Not safe to use
+    from several threads at once.
     """
 
     def __init__(

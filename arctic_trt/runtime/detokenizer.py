@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Set
+from dataclasses import dataclass, field
 
 from arctic_trt.model.tokenizer import Tokenizer
+
+OnPiece = Callable[[int, str], None]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -88,3 +91,45 @@ def settled_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a run of bytes: neither bytes, nor what leaves no trace in the text, control tokens and unknown ids."""
     words = {index for token, index in tokenizer.hf.get_vocab().items() if not BYTE_TOKEN.fullmatch(token)}
     return frozenset(words - set(tokenizer.hf.all_special_ids))
+
+
+@dataclass(slots=True)
+class Writer:
+    """One sequence's way from tokens to text; without a detokenizer there is no text."""
+
+    index: int
+    on_piece: OnPiece
+    detokenizer: Detokenizer | None
+    stop_words: StopWords
+    pieces: list[str] = field(default_factory=list)
+    num_settled: int = 0
+
+    def push(self, token: int) -> bool:
+        """Add a token's text; returns whether a stop word has appeared."""
+        return self.detokenizer is not None and self._add(self.detokenizer.push(token))
+
+    def flush(self) -> bool:
+        """Add what was held back; returns whether a stop word has appeared in it."""
+        if self.detokenizer is not None and self._add(self.detokenizer.flush()):
+            return True
+        self._emit(self.stop_words.flush())
+        return False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def settled(self) -> bool:
+        """The text of all tokens so far is out."""
+        return self.detokenizer is not None and not self.detokenizer.open and not self.stop_words.holding
+
+    def _add(self, piece: str) -> bool:
+        text, stopped = self.stop_words.push(piece)
+        self._emit(text)
+        return stopped
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self.on_piece(self.index, text)

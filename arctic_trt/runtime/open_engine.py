@@ -14,8 +14,9 @@ from arctic_trt.engine.config import TORCH, BuildConfig, EngineConfig, read_engi
 from arctic_trt.errors import RefusedError
 from arctic_trt.launch import find_launch
 from arctic_trt.runtime.backends import TorchBackend, Work
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
+from arctic_trt.runtime.batcher import Batcher
 from arctic_trt.runtime.communicator import Communicator, agreement, check_world, connect
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.detokenizer import Detokenizer
 from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.kv_budget import KvBudget

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from arctic_trt.errors import UsageError
-from arctic_trt.runtime.batcher import Completion
+from arctic_trt.runtime.completion import Completion
 
 NO_END_ID = -1
 

@@ -20,10 +20,10 @@ from arctic_trt.engine.tensorrt_llm.session import RuntimeOptions
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import FILES, Tokenizer
 from arctic_trt.runtime.backends import Backend, Work, make_backend
-from arctic_trt.runtime.batcher import Completion, Listeners, OnPiece
 from arctic_trt.runtime.chooser import TokenLogprobs
 from arctic_trt.runtime.communicator import agreement, connect
-from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
+from arctic_trt.runtime.completion import Completion, Listeners
+from arctic_trt.runtime.detokenizer import Detokenizer, OnPiece, settled_ids
 from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.inputs import Prompt, read_prompts, tokenize
 from arctic_trt.runtime.outputs import NO_END_ID, PromptLogits, check_writable, padded_rows, write_csv, write_npy

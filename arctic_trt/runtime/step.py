@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:  # servers and their clients need no torch
+    from arctic_trt.engine.config import BuildConfig
     from arctic_trt.runtime.communicator import Ints
 
 CHUNK_FIELDS = 6
@@ -16,6 +17,14 @@ CHOICE_INTS = 10
 NO_CHOICE, THE_LIKELIEST, DRAWN = range(3)
 UNKNOWN = -1
 """In place of a token: the one that the ranks chose for the sequence in the step before, of which rank 0 has not heard yet."""
+
+STEP_TOKENS = 1024
+"""Of a step on CPUs, at most, unless more sequences decode: more would only take memory, weights are not the bound any more."""
+
+
+def most_step_tokens(limits: BuildConfig, step_tokens: int) -> int:
+    """Tokens of the largest step that is asked for: ``step_tokens``, more if so many sequences may decode at once."""
+    return min(limits.max_num_tokens, max(step_tokens, limits.max_batch_size))
 
 
 class Choice(NamedTuple):

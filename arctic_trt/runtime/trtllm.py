@@ -28,9 +28,9 @@ from arctic_trt.engine.tensorrt_llm.versions import installed_versions
 from arctic_trt.errors import RefusedError
 from arctic_trt.machine import available_memory, query_gpus
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Completion, Listeners, Writer
 from arctic_trt.runtime.communicator import Communicator
-from arctic_trt.runtime.detokenizer import Detokenizer, StopWords
+from arctic_trt.runtime.completion import Completion, Listeners
+from arctic_trt.runtime.detokenizer import Detokenizer, StopWords, Writer
 from arctic_trt.runtime.requests import Request, word_ids
 from arctic_trt.runtime.sampler import Sampling
 

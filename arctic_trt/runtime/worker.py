@@ -13,7 +13,6 @@ from torch import Tensor
 from arctic_trt.checkpoint.contract import QuantFormat
 from arctic_trt.model.config import ArcticConfig
 from arctic_trt.model.mapping import Rank
-from arctic_trt.runtime.batcher import STEP_TOKENS
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.kv_cache import KvCache
@@ -21,7 +20,7 @@ from arctic_trt.runtime.layer import plan_shape
 from arctic_trt.runtime.native.choose import choose_kernels, make_layers
 from arctic_trt.runtime.network import Network
 from arctic_trt.runtime.outcome import Logits, Outcome
-from arctic_trt.runtime.step import END, Step, decode_step, encode_step
+from arctic_trt.runtime.step import END, STEP_TOKENS, Step, decode_step, encode_step
 from arctic_trt.runtime.weights import load_rank
 
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from arctic_trt.errors import UsageError
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Writer
-from arctic_trt.runtime.detokenizer import Detokenizer, StopWords, settled_ids
+from arctic_trt.runtime.detokenizer import Detokenizer, StopWords, Writer, settled_ids
 from arctic_trt.runtime.requests import find_end_ids, word_ids
 from arctic_trt.triton.legacy import LOG_PROBS, SAMPLING
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.chooser import Chooser
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.cuda.choose import choose_row
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
 from arctic_trt.runtime.outcome import Logits

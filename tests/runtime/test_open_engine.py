@@ -11,8 +11,8 @@ import torch
 
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.runtime import open_engine as module
-from arctic_trt.runtime.batcher import Listeners
 from arctic_trt.runtime.blocks import BLOCK_TOKENS
+from arctic_trt.runtime.completion import Listeners
 from arctic_trt.runtime.kv_budget import KvBudget
 from arctic_trt.runtime.open_engine import OpenEngine, open_engine
 from arctic_trt.runtime.requests import Request

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arctic_trt.errors import UsageError
-from arctic_trt.runtime.batcher import Completion
+from arctic_trt.runtime.completion import Completion
 from arctic_trt.runtime.outputs import PromptLogits, check_writable, padded_rows, replacing, write_csv, write_npy
 
 COMPLETIONS = [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError, UsageError
-from arctic_trt.runtime.batcher import Listeners, generate
+from arctic_trt.runtime.batcher import generate
+from arctic_trt.runtime.completion import Listeners
 from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.scoring import Continuation, Score, Scorer
 from arctic_trt.runtime.step import Step

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arctic_trt.engine.config import BuildConfig, read_engine_config
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling

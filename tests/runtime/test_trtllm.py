@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arctic_trt.engine.tensorrt_llm.session import NO_END, Decoding
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Completion, Listeners
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.detokenizer import Detokenizer, settled_ids
 from arctic_trt.runtime.requests import Request, word_ids
 from arctic_trt.runtime.sampler import Sampling, plan_sampling

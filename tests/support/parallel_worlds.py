@@ -22,9 +22,10 @@ from mpi4py import MPI
 from arctic_trt.engine.config import read_engine_config
 from arctic_trt.errors import ArcticTrtError, CheckpointError
 from arctic_trt.model.mapping import Mapping
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners, generate
+from arctic_trt.runtime.batcher import Batcher, generate
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import MpiCommunicator, agreement
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.requests import plan_requests
 from arctic_trt.runtime.sampler import Sampling
 from arctic_trt.runtime.worker import load_worker

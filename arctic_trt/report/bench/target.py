@@ -12,7 +12,8 @@ from typing import Protocol
 from arctic_trt.report.bench.clients import Client, ServerError
 from arctic_trt.report.bench.plan import Arrival
 from arctic_trt.report.bench.stats import Trace
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
+from arctic_trt.runtime.batcher import Batcher
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.open_engine import OpenEngine
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling

@@ -15,7 +15,6 @@ from torch import Tensor
 from arctic_trt.engine.config import EngineConfig
 from arctic_trt.errors import RefusedError
 from arctic_trt.model.mapping import Mapping, Rank
-from arctic_trt.runtime.batcher import most_step_tokens
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.cuda.choose import Arriving
 from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
@@ -25,7 +24,7 @@ from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
 from arctic_trt.runtime.kv_cache import KvCache
 from arctic_trt.runtime.outcome import Outcome
-from arctic_trt.runtime.step import Step
+from arctic_trt.runtime.step import Step, most_step_tokens
 from arctic_trt.runtime.weights import load_rank
 from arctic_trt.runtime.worker import Worker
 

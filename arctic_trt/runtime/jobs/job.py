@@ -13,7 +13,8 @@ from typing import Any
 from arctic_trt.errors import RefusedError, UsageError
 from arctic_trt.launch import is_leader
 from arctic_trt.model.tokenizer import FILES, Tokenizer
-from arctic_trt.runtime.batcher import Batcher, Completion, Listeners
+from arctic_trt.runtime.batcher import Batcher
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.device import AUTO
 from arctic_trt.runtime.jobs.input_file import InputScan, Shard, read_lines, scan_input
 from arctic_trt.runtime.jobs.lines import DUPLICATE, INVALID_REQUEST, Line, LineError, custom_id_of, decode_line, parse_line

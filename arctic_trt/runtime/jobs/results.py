@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from arctic_trt.runtime.batcher import Completion
+from arctic_trt.runtime.completion import Completion
 from arctic_trt.runtime.jobs.lines import Line, LineError
 from arctic_trt.runtime.jobs.logprobs import NameOf, chat_logprobs, text_logprobs
 

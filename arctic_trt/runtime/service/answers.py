@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from arctic_trt.errors import ArcticTrtError
-from arctic_trt.runtime.batcher import Completion, Listeners
 from arctic_trt.runtime.chooser import TokenLogprobs
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.service.protocol import Event, failure
 from arctic_trt.runtime.service.text import chunk_text

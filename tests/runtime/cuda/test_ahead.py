@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from arctic_trt.engine.config import BuildConfig, read_engine_config
-from arctic_trt.runtime.batcher import Batcher, Completion, Execute, Listeners
+from arctic_trt.runtime.batcher import Batcher, Execute
 from arctic_trt.runtime.blocks import KvRoom
 from arctic_trt.runtime.communicator import SoloCommunicator
+from arctic_trt.runtime.completion import Completion, Listeners
 from arctic_trt.runtime.requests import Request
 from arctic_trt.runtime.sampler import Sampling
 from tests.runtime.conftest import Model

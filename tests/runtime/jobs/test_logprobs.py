@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Completion
 from arctic_trt.runtime.chooser import TokenLogprobs
+from arctic_trt.runtime.completion import Completion
 from arctic_trt.runtime.jobs.lines import parse_line
 from arctic_trt.runtime.jobs.logprobs import chat_logprobs, names_of, text_logprobs
 from arctic_trt.runtime.jobs.results import result_line

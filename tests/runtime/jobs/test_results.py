@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from arctic_trt.runtime.batcher import Completion
+from arctic_trt.runtime.completion import Completion
 from arctic_trt.runtime.jobs.lines import LineError, parse_line
 from arctic_trt.runtime.jobs.output_file import read_result
 from arctic_trt.runtime.jobs.results import error_line, result_line

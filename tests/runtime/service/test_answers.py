@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from arctic_trt.engine.config import BuildConfig
 from arctic_trt.errors import ArcticTrtError
 from arctic_trt.model.tokenizer import Tokenizer
-from arctic_trt.runtime.batcher import Batcher, Completion, generate
+from arctic_trt.runtime.batcher import Batcher, generate
+from arctic_trt.runtime.completion import Completion
 from arctic_trt.runtime.detokenizer import REPLACEMENT
 from arctic_trt.runtime.outcome import Logits
 from arctic_trt.runtime.requests import Request
