@@ -41,7 +41,9 @@ longer fit a block of 16, and its weights are read again. The library reads them
 LAUNCHES = "ARCTIC_TRT_GPU_LAUNCHES"
 """Environment: ``auto``, or ``late`` for launches that begin when the one before is complete, should a driver need that."""
 AUTO, LATE = "auto", "late"
-EARLY_CAPABILITY = (9, 0)
+EARLY_CAPABILITY, EARLY_TRITON = (9, 0), (3, 5)
+"""The first GPUs whose launches begin early, and the first Triton whose kernels reliably wait for the one before: in development
+versions of 3.4 they did not compile (https://github.com/triton-lang/triton/issues/7377)."""
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +154,12 @@ class LibraryOps:
         return self._products.grouped(rows, projection.weight, scale_R, order.end_E)
 
 
-def plan_early(asked: str, capability: tuple[int, int]) -> bool:
+def plan_early(asked: str, capability: tuple[int, int], triton: str) -> bool:
     """Whether launches begin early; raises :class:`UsageError` for what :data:`LAUNCHES` may not be."""
     if asked not in (AUTO, LATE):
         raise UsageError(f"{LAUNCHES}={asked} is none of {AUTO}, {LATE}.")
-    return asked == AUTO and capability >= EARLY_CAPABILITY
+    version = tuple(int(part) for part in triton.split(".")[:2])
+    return asked == AUTO and capability >= EARLY_CAPABILITY and version >= EARLY_TRITON
 
 
 def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds: Thresholds = Thresholds()) -> FusedOps:
@@ -164,6 +167,8 @@ def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds:
 
     Raises ImportError without Triton, :class:`UsageError` as :func:`plan_early` does.
     """
+    import triton
+
     from arctic_trt.runtime.cuda.triton_between import TritonBetween
     from arctic_trt.runtime.cuda.triton_ops import TritonOps
 
@@ -176,5 +181,5 @@ def make_ops(config: ArcticConfig, rank: Rank, device: torch.device, thresholds:
             *(torch.__version__, " and ".join(missing), *capability),
         )
     ffn = config.intermediate_size // rank.mapping.moe_tp_size
-    few = TritonOps(plan_early(os.environ.get(LAUNCHES, AUTO), capability))
+    few = TritonOps(plan_early(os.environ.get(LAUNCHES, AUTO), capability, triton.__version__))
     return LibraryOps(few, TorchProducts(device), TritonBetween(), abilities, ffn=ffn, thresholds=thresholds)

@@ -225,4 +225,9 @@ def test_launches_begin_early_where_gpus_can_unless_told_otherwise(
 
 def test_other_launches_are_refused() -> None:
     with pytest.raises(UsageError, match="ARCTIC_TRT_GPU_LAUNCHES=never is none of auto, late"):
-        library.plan_early("never", (9, 0))
+        library.plan_early("never", (9, 0), "3.5.0")
+
+
+@pytest.mark.parametrize(("version", "early"), [("3.4.1", False), ("3.5.0", True), ("3.10.0+git1a2b", True), ("4.0", True)])
+def test_an_older_triton_launches_late(version: str, early: bool) -> None:
+    assert library.plan_early("auto", (9, 0), version) is early
