@@ -45,7 +45,7 @@ WEIGHT_CODES = 0x38
 
 PARTS = {
     "norms": ("norm",),
-    "attention": ("attend", "rotate_and_store"),
+    "attention": ("attend",),
     "products": ("project", "gated", "project_and_combine"),
     "router": ("route",),
     "experts": ("expert_gated", "expert_project"),

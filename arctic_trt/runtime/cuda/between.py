@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arctic_trt.model.layer import choose_experts
-from arctic_trt.runtime.cuda.twin import activation
+from arctic_trt.runtime.cuda.twin import activation, slots_of
 from arctic_trt.runtime.kernels import Projection, as_bytes
 
 
@@ -57,10 +57,7 @@ class TwinBetween:
     """See :class:`Between`."""
 
     def choose(self, logits_TE: Tensor, top_k: int, experts: range) -> tuple[Tensor, Tensor]:
-        routing = choose_experts(logits_TE, top_k)
-        expert_S = routing.chosen_TK.flatten() - experts.start
-        held_S = (expert_S >= 0) & (expert_S < len(experts))
-        return torch.where(held_S, expert_S, -1).int(), routing.share_TK.flatten()
+        return slots_of(choose_experts(logits_TE, top_k), experts)
 
     def sort(self, expert_S: Tensor, top_k: int, num_experts: int) -> Order:
         held_S = torch.where(expert_S < 0, num_experts, expert_S).long()

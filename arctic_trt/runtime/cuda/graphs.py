@@ -22,6 +22,7 @@ STEP = 8
 SHARE = 4
 """Between a power of two and the next there are so many graphs, so that a step is filled up by a quarter at most."""
 REPORT_S = 5.0
+LESS_CACHE = "Give the cache less with --kv_cache_memory, or build the engine with a smaller --max_batch_size."
 
 Result = TypeVar("Result")
 
@@ -78,7 +79,9 @@ def record(
 
 
 @contextmanager
-def out_of_memory_is_refused(what: str, device: torch.device) -> Iterator[None]:
+def out_of_memory_is_refused(
+    what: str, device: torch.device, beside: str = " beside the weights and the KV cache", advice: str = LESS_CACHE
+) -> Iterator[None]:
     """Raise :class:`RefusedError` where ``what`` finds no memory, whether torch looked for it or a library."""
     try:
         yield
@@ -87,9 +90,8 @@ def out_of_memory_is_refused(what: str, device: torch.device) -> Iterator[None]:
             raise
         free, total = torch.cuda.mem_get_info(device)
         raise RefusedError(
-            f"{what} does not fit into GPU {device.index} beside the weights and the KV cache: of {total / 1e9:.1f} GB "
-            f"{free / 1e9:.2f} are left.",
-            "Give the cache less with --kv_cache_memory, or build the engine with a smaller --max_batch_size.",
+            f"{what} does not fit into GPU {device.index}{beside}: of {total / 1e9:.1f} GB {free / 1e9:.2f} are left.",
+            advice,
         ) from None
 
 

@@ -50,10 +50,7 @@ class TwinOps:
         return activation(F.silu(activated) * linear, proj)
 
     def route(self, x_TD: Tensor, router_ED: Tensor, top_k: int, experts: range) -> Routed:
-        routing = layer.route(x_TD, router_ED.float(), top_k)
-        expert_S = routing.chosen_TK.flatten() - experts.start
-        held_S = (expert_S >= 0) & (expert_S < len(experts))
-        return Routed(torch.where(held_S, expert_S, -1).int(), routing.share_TK.flatten(), top_k)
+        return Routed(*slots_of(layer.route(x_TD, router_ED.float(), top_k), experts), top_k)
 
     def expert_gated(self, x: Tensor, routed: Routed, fc: Projection, proj: Projection) -> Tensor:
         token_S = torch.arange(len(routed.expert_S), device=x.device) // routed.top_k
@@ -105,6 +102,13 @@ class TwinOps:
             codes = x_TKH.to(pages.dtype) if scale is None else as_bytes(cast_e4m3(x_TKH, scale))
             stored[slot_T.long() // size, place, :, slot_T.long() % size] = codes
         return layer.apply_rotary(q, cos, sin).to(self._queries)
+
+
+def slots_of(routing: layer.Routing, experts: range) -> tuple[Tensor, Tensor]:
+    """``expert_S`` and ``share_S`` of :class:`arctic_trt.runtime.cuda.ops.Routed`, where ``experts`` are held."""
+    expert_S = routing.chosen_TK.flatten() - experts.start
+    held_S = (expert_S >= 0) & (expert_S < len(experts))
+    return torch.where(held_S, expert_S, -1).int(), routing.share_TK.flatten()
 
 
 def activation(x: Tensor, reader: Projection) -> Tensor:

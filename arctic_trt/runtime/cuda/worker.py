@@ -18,7 +18,7 @@ from arctic_trt.model.mapping import Mapping, Rank
 from arctic_trt.runtime.communicator import Communicator
 from arctic_trt.runtime.cuda.choose import Arriving
 from arctic_trt.runtime.cuda.communicator import DeviceCommunicator
-from arctic_trt.runtime.cuda.graphs import graph_sizes
+from arctic_trt.runtime.cuda.graphs import graph_sizes, out_of_memory_is_refused
 from arctic_trt.runtime.cuda.library import Thresholds, make_ops
 from arctic_trt.runtime.cuda.network import CudaNetwork
 from arctic_trt.runtime.cuda.upload import Uploader
@@ -29,6 +29,7 @@ from arctic_trt.runtime.weights import load_rank
 from arctic_trt.runtime.worker import Worker
 
 REPORT_S = 5.0
+MORE_MEMORY = "Free the GPU, or cut the engine for more ranks."
 STEP_TOKENS = 4096
 """Of a step, at most, unless more sequences decode. From some 300 tokens on a step reads all experts, which takes an H200 12 ms
 whatever is computed with them; sequences that decode beside a prompt wait longer for this many than for fewer."""
@@ -79,15 +80,8 @@ def load_cuda_worker(engine_dir: Path, engine: EngineConfig, rank: Rank, comm: C
     except ImportError as error:
         raise RefusedError(f"--device cuda needs Triton, which cannot be imported ({error}).", "pip install triton") from None
     uploader = _Progress(device)
-    try:
+    with out_of_memory_is_refused(f"What rank {rank.index} holds", device, beside="", advice=MORE_MEMORY):
         weights = load_rank(engine_dir, config, rank, quant, uploader)
-    except torch.cuda.OutOfMemoryError:
-        free, total = torch.cuda.mem_get_info(device)
-        raise RefusedError(
-            f"The weights of rank {rank.index} do not fit into GPU {device.index}, of whose {total / 1e9:.1f} GB "
-            f"{free / 1e9:.1f} were left.",
-            "Free the GPU, or cut the engine for more ranks.",
-        ) from None
     cache = KvCache(
         num_layers=len(weights.layers),
         kv_heads=len(rank.kv_heads(config.num_key_value_heads)),

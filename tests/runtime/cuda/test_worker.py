@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from arctic_trt.engine.config import read_engine_config
+from arctic_trt.errors import RefusedError
 from arctic_trt.model.mapping import Mapping
 from arctic_trt.runtime.communicator import SoloCommunicator
 from arctic_trt.runtime.cuda import worker as module
@@ -44,6 +45,20 @@ def test_a_loaded_rank_records_for_its_engines_limits(tiny: Model, monkeypatch: 
     assert not prepared and asked == [Thresholds(recorded=12)]
     worker.reserve(ROOM)
     assert prepared == [600] and cast(Any, worker.network)._graphs == [1, 2, 4, 8, 12]
+
+
+def test_weights_that_do_not_fit_are_refused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    engine = read_engine_config(tiny.engine("fp8"))
+    monkeypatch.setattr(module, "make_ops", lambda *arguments: TwinOps())
+    monkeypatch.setattr(module, "_Progress", lambda device: None)  # its buffers are pinned
+    monkeypatch.setattr(module, "load_rank", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**9, 80 * 10**9))
+    with pytest.raises(RefusedError, match=r"What rank 0 holds does not fit into GPU 5: of 80\.0 GB 2\.00 are left") as caught:
+        load_cuda_worker(tiny.engine("fp8"), engine, engine.network()[1].rank(0), SoloCommunicator(), torch.device("cuda", 5))
+    assert caught.value.hint == "Free the GPU, or cut the engine for more ranks."
 
 
 def test_a_gpus_steps_are_larger_than_a_cpus(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
